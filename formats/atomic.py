@@ -1,0 +1,112 @@
+"""Files that are old, new or absent, never half-written.
+
+The new content goes to a temporary file beside the target (same file system and quota), is synced, renamed over the
+target, and the directory is synced. The temporary file is locked while its writer lives, so the next writer of the
+same target can tell an orphan and remove it. Devices and FIFOs are written in place; symbolic links are followed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+MARK = ".rb-tmp."
+
+
+def _prefix(target: Path) -> str:
+    # A digest, not the name: a name of 255 bytes leaves no room for a suffix.
+    return f"{MARK}{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}."
+
+
+def remove_orphans(target: Path) -> None:
+    """Delete temporary files of `target` that no living writer holds."""
+    for orphan in target.parent.glob(_prefix(target) + "*"):
+        try:
+            fd = os.open(orphan, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            orphan.unlink(missing_ok=True)
+        except OSError:
+            pass  # held by a writer at work, or not ours to remove
+        finally:
+            os.close(fd)
+
+
+class AtomicFile:
+    """An output file: write to `file`, then `commit()`, or `abort()` to leave the target as it was.
+
+    Raises: OSError when the target cannot be created; nothing is left behind.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.target = Path(os.path.realpath(path))
+        self.temporary: Path | None = None
+        if os.fspath(path).endswith("/") or self.target.is_dir():
+            raise IsADirectoryError(21, "Is a directory", os.fspath(path))
+        if self.target.exists() and not self.target.is_file():
+            self.file: BinaryIO = self.target.open("wb", buffering=0)
+            return
+        remove_orphans(self.target)
+        self.temporary = self.target.parent / f"{_prefix(self.target)}{os.getpid()}.{secrets.token_hex(4)}"
+        fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if self.target.exists():
+            os.fchmod(fd, stat.S_IMODE(self.target.stat().st_mode))
+        self.file = os.fdopen(fd, "w+b")
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the target is a device or FIFO, which cannot be replaced or rewound."""
+        return self.temporary is None
+
+    def commit(self) -> None:
+        """Make the new content the target, on disk, or raise OSError and leave the target as it was."""
+        try:
+            self.file.flush()
+            if self.temporary is not None:
+                os.fsync(self.file.fileno())
+                self.temporary.rename(self.target)
+                self.temporary = None
+                _sync_directory(self.target.parent)
+            self.file.close()
+        except OSError:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Forget the new content."""
+        if self.temporary is not None:
+            self.temporary.unlink(missing_ok=True)
+            self.temporary = None
+        try:
+            self.file.close()
+        except OSError:
+            pass  # a full disk may refuse the last flush; the file is gone already
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass  # some file systems cannot sync a directory; the rename itself stands
+    finally:
+        os.close(fd)
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace `path` by `content`, or leave it as it was. Raises: OSError."""
+    out = AtomicFile(path)
+    try:
+        out.file.write(content)
+    except OSError:
+        out.abort()
+        raise
+    out.commit()

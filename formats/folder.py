@@ -1,0 +1,165 @@
+"""Folders and lists of picture files, decoded one chunk at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rbkit.formats import png
+from rbkit.formats.dataset import DataSet
+from rbkit.formats.errors import FormatError, LimitError, printable
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
+LOSSY = (".jpg", ".jpeg", ".webp")
+FORMATS = ["PNG", "JPEG", "BMP", "WEBP", "PPM"]
+
+
+def path_id(name: str) -> int:
+    """A stable id of a relative path: 63 bits of its sha256, so that one new file renames nothing."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") >> 1
+
+
+def fit(image: Any, size: int | None) -> Any:
+    """A Pillow image with its shorter side resized to `size` (antialiased) and its centre cropped to a square."""
+    from PIL import Image
+
+    if size is None or image.size == (size, size):
+        return image
+    if image.mode in ("P", "1") or "transparency" in image.info:
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB" if image.mode == "P" else "L")
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def decode(path: Path, *, size: int | None, max_pixels: int) -> np.ndarray:
+    """One picture file as uint8 (C, H, W), upright. Raises: FormatError, LimitError, OSError."""
+    from PIL import Image, ImageOps
+
+    shown = printable(os.fspath(path), limit=200)
+    if path.suffix.lower() == ".png":
+        pixels = png.open_picture(os.fspath(path), max_pixels=max_pixels).pixels
+        image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+        return png.to_pixels(fit(image, size)) if size else pixels
+    Image.MAX_IMAGE_PIXELS = None  # our own limit is applied before any pixel is decoded
+    with path.open("rb") as file:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > max_pixels:
+                    raise LimitError(f"{shown}: {image.width} x {image.height} pixels, limit {max_pixels}")
+                return png.to_pixels(fit(ImageOps.exif_transpose(image), size))
+        except FormatError:
+            raise
+        except Exception as error:  # Pillow raises many kinds; each means that the file is bad
+            raise FormatError(f"{shown}: not a readable image ({type(error).__name__})") from None
+
+
+def stack(pictures: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
+    """Pictures of one shape as one array. Raises: FormatError naming the first that differs."""
+    for picture, name in zip(pictures, names, strict=True):
+        if picture.shape != pictures[0].shape:
+            found, expected = (" x ".join(map(str, p.shape)) for p in (picture, pictures[0]))
+            what = "try --grey or --rgb" if picture.shape[1:] == pictures[0].shape[1:] else "try --size"
+            raise FormatError(f"{printable(name, limit=200)}: {found}, the others are {expected}; {what}")
+    return np.stack(pictures)
+
+
+def encode_names(names: Sequence[str]) -> np.ndarray:
+    """Names as UTF-8 bytes, uint8 (N, longest), padded with zeros."""
+    raw = [os.fsencode(name) for name in names]
+    out = np.zeros((len(raw), max(map(len, raw), default=0)), np.uint8)
+    for row, name in zip(out, raw, strict=True):
+        row[: len(name)] = np.frombuffer(name, np.uint8)
+    return out
+
+
+def decode_names(rows: np.ndarray) -> list[str]:
+    """The inverse of `encode_names`."""
+    return [os.fsdecode(bytes(row).rstrip(b"\0")) for row in rows]
+
+
+def recolour(pixels: np.ndarray, channels: int | None) -> np.ndarray:
+    """Pixels (C, H, W) with `channels` channels: grey is repeated, colour becomes ITU-R 601 luma (rounded)."""
+    if channels is None or len(pixels) == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=0)
+    luma = np.tensordot(np.array([299, 587, 114]), pixels.astype(np.int64), 1)
+    return ((luma + 500) // 1000).astype(np.uint8)[None]
+
+
+def files(
+    paths: Sequence[Path],
+    names: Sequence[str],
+    *,
+    labels: np.ndarray | None,
+    classes: list[str] | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+    max_pixels: int = png.MAX_PIXELS,
+    carved: bool = False,
+) -> DataSet:
+    """A data set of picture files: `names` are shown, kept and hashed to ids. Raises: FormatError."""
+    first_shape: list[tuple[int, ...]] = []
+
+    def fetch(indices: np.ndarray) -> dict[str, np.ndarray]:
+        pictures = [
+            recolour(decode(paths[i], size=size, max_pixels=max_pixels), channels) for i in indices.tolist()
+        ]
+        image = stack(pictures, [names[i] for i in indices.tolist()])
+        first_shape.append(image.shape[1:])
+        if image.shape[1:] != first_shape[0]:
+            found, expected = (" x ".join(map(str, s)) for s in (image.shape[1:], first_shape[0]))
+            raise FormatError(f"{printable(names[int(indices[0])])}: {found}, the others are {expected}; try --size")
+        rows = {"image": image, "name": encode_names(names)[indices]}
+        if labels is not None:
+            rows["label"] = labels[indices]
+        return rows
+
+    ids = np.array([path_id(name) for name in names], np.int64)
+    lossy = any(path.suffix.lower() in LOSSY for path in paths)
+    return DataSet(ids, fetch, classes, lossy=lossy, carved=carved)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+    return sorted(found, key=lambda p: os.fsencode(p))
+
+
+def image_folder(
+    root: Path, *, split: str, size: int | None = None, channels: int | None = None, max_pixels: int = png.MAX_PIXELS
+) -> DataSet:
+    """ROOT/SPLIT/CLASS/*.png|jpg|...: classes are the sorted folder names of `train`, so that splits agree.
+
+    `val` is a folder of its own or, where there is none, carved from `train` by the caller.
+    Raises: FormatError (no such split, no class folders, no pictures), OSError.
+    """
+    carved = not (root / "val").is_dir()
+    folder = root / ("train" if split in ("val", "trainval") and carved else split)
+    if not folder.is_dir():
+        raise FormatError(f"{printable(os.fspath(root), limit=200)}: no folder {folder.name!r}; expected train/ and test/")
+    base = root / "train" if (root / "train").is_dir() else folder
+    classes = sorted(p.name for p in base.iterdir() if p.is_dir())
+    strange = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in classes)
+    if not classes or strange:
+        what = f"class folders {strange[:3]} that train lacks" if strange else "no class folders"
+        raise FormatError(f"{printable(os.fspath(folder), limit=200)}: {what}")
+    paths, labels = [], []
+    for number, name in enumerate(classes):
+        found = _pictures(folder / name) if (folder / name).is_dir() else []
+        paths += found
+        labels += [number] * len(found)
+    if not paths:
+        raise FormatError(f"{printable(os.fspath(folder), limit=200)}: no pictures ({', '.join(SUFFIXES)})")
+    names = [os.fspath(p.relative_to(root)) for p in paths]
+    return files(
+        paths, names, labels=np.array(labels, np.int64), classes=classes, size=size, channels=channels,
+        max_pixels=max_pixels, carved=carved,
+    )  # fmt: skip

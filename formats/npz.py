@@ -1,0 +1,48 @@
+"""NPZ archives of other tools: arrays of images and labels, read without pickle."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from rbkit.formats.dataset import DataSet, in_memory
+from rbkit.formats.errors import FormatError, printable
+
+IMAGE_KEYS = ("image", "images", "x", "x_test", "data", "arr_0")
+LABEL_KEYS = ("label", "labels", "y", "y_test", "arr_1")
+
+
+def to_nchw(array: np.ndarray, *, layout: str | None, name: str) -> np.ndarray:
+    """Images (N, C, H, W) from (N, H, W), `nchw` or `nhwc` arrays; a layout that two readings fit must be named.
+
+    Raises: FormatError.
+    """
+    if array.ndim == 3:
+        return array[:, None]
+    if array.ndim != 4:
+        raise FormatError(f"{name}: images have shape {list(array.shape)}, expected (N, H, W), (N, C, H, W) or (N, H, W, C)")
+    fits = [key for key, axis in (("nchw", 1), ("nhwc", 3)) if array.shape[axis] in (1, 3)]
+    if layout is None and len(fits) != 1:
+        raise FormatError(f"{name}: shape {list(array.shape)} does not tell where the channels are; try --layout nchw or nhwc")
+    chosen = layout or fits[0]
+    return array if chosen == "nchw" else np.ascontiguousarray(array.transpose(0, 3, 1, 2))
+
+
+def read(path: str | Path, *, layout: str | None = None) -> DataSet:
+    """The images (and labels, if any) of an NPZ file. Raises: FormatError, OSError."""
+    shown = printable(str(path), limit=200)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            image = next((archive[k] for k in IMAGE_KEYS if k in archive.files), None)
+            label = next((archive[k] for k in LABEL_KEYS if k in archive.files), None)
+            keys = archive.files
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, KeyError) as error:
+        raise FormatError(f"{shown}: not a readable NPZ archive ({type(error).__name__})") from None
+    if image is None:
+        raise FormatError(f"{shown}: no array named {' or '.join(IMAGE_KEYS)}; it has {', '.join(keys) or 'none'}")
+    if image.dtype.kind == "f":
+        image = image.astype(np.float32)
+    return in_memory(to_nchw(image, layout=layout, name=shown), None if label is None else label.reshape(-1))

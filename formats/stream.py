@@ -1,0 +1,465 @@
+"""Streams: documents back to back, cut streams detected, read in chunks of rows (man page rb-stream(5)).
+
+A reader trusts nothing and yields `Chunk`s: whole documents of a pipe, slices of a document in a seekable file, so
+that memory stays flat. A writer numbers the parts; `last` is written only with the final chunk of a stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from rbkit.formats import document, png
+from rbkit.formats.document import Header, TensorInfo
+from rbkit.formats.errors import ChecksumError, FormatError
+
+ROWS = 512  # examples per chunk: 6 MB of float32 at 3 x 32 x 32
+PIECE = 1 << 20
+EAGER = 64 << 20  # up to this size a buffer is reserved at once; the system commits only what is filled
+SPOOL = 64 << 20  # bytes a single-document writer keeps in memory per tensor
+INFERRED_KIND = {"attribution": "attributions", "adversarial": "adversarial", "inverted": "inversions"}
+DERIVED = ("part", "count", "sha256", "schema")  # metadata that the writer owns
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a stream.
+
+    `arrays` share their first dimension (models and checkpoints aside), `meta` is the document's metadata with
+    `first` and `count` of these rows, `last` marks the final chunk of a stream, `place` names it in messages.
+    """
+
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
+    last: bool
+    place: str
+
+    @property
+    def count(self) -> int:
+        """Rows in this chunk."""
+        return int(self.meta["count"])
+
+    @property
+    def first(self) -> int:
+        """Global index of the first row."""
+        return int(self.meta["first"])
+
+    def rows(self, start: int, stop: int, *, last: bool) -> Chunk:
+        """The rows from `start` to `stop` (local indices) as a chunk of their own."""
+        meta = {**self.meta, "first": self.first + start, "count": stop - start}
+        return replace(self, arrays={k: a[start:stop] for k, a in self.arrays.items()}, meta=meta, last=last)
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read_some(file: BinaryIO, size: int) -> bytearray:
+    """Up to `size` bytes; fewer only at the end of the file. Memory grows with what arrives, not with `size`."""
+    buffer = bytearray()
+    while len(buffer) < size:
+        piece = bytearray(min(size - len(buffer), EAGER))
+        filled = _fill(file, piece)
+        if not buffer and filled == size:
+            return piece
+        buffer += memoryview(piece)[:filled]
+        if filled < len(piece):
+            break
+    return buffer
+
+
+def _fill(file: BinaryIO, buffer: bytearray) -> int:
+    view, filled = memoryview(buffer), 0
+    while filled < len(buffer):
+        got = file.readinto(view[filled : filled + PIECE])  # type: ignore[attr-defined]
+        if not got:
+            break
+        filled += got
+    return filled
+
+
+class _Input:
+    """A byte source that counts its position and, where it is a regular file, can go back."""
+
+    def __init__(self, file: BinaryIO, start: bytes) -> None:
+        self.file = file
+        self.ahead = start
+        info = os.fstat(file.fileno()) if hasattr(file, "fileno") else None
+        self.seekable = info is not None and stat.S_ISREG(info.st_mode)
+        self.origin = file.tell() - len(start) if self.seekable else 0
+        self.position = 0
+
+    def take(self, size: int) -> bytearray:
+        head, self.ahead = self.ahead[:size], self.ahead[size:]
+        raw = bytearray(head) + read_some(self.file, size - len(head)) if head else read_some(self.file, size)
+        self.position += len(raw)
+        return raw
+
+    def at(self, offset: int, size: int) -> bytearray:
+        self.file.seek(self.origin + offset)
+        return read_some(self.file, size)
+
+    def resume(self, position: int) -> None:
+        self.position = position
+        self.file.seek(self.origin + position)
+
+    def left(self) -> int:
+        """Bytes of a regular file after the current position."""
+        return os.fstat(self.file.fileno()).st_size - self.origin - self.position
+
+
+@dataclass
+class _Sequence:
+    """Checks that parts follow one another: 1, 2, ... up to one marked last."""
+
+    expected: int = 1
+    row: int | None = None
+    kind: str | None = None
+
+    def check(self, meta: Mapping[str, Any]) -> bool:
+        part = meta.get("part")
+        if not isinstance(part, dict) or not _is_count(part.get("index")) or not isinstance(part.get("last"), bool):
+            raise FormatError("metadata lacks a valid part (index and last)")
+        if part["index"] != self.expected:
+            raise FormatError(f"has part {part['index']}, expected {self.expected} (missing, repeated or reordered)")
+        if self.expected > 1 and (meta["kind"] != self.kind or meta["first"] != self.row):
+            raise FormatError(
+                f"holds {meta['kind']} from row {meta['first']}, expected {self.kind} from row {self.row}"
+            )
+        last = bool(part["last"])
+        self.expected = 1 if last else self.expected + 1
+        self.kind, self.row = meta["kind"], meta["first"] + meta["count"]
+        return last
+
+    def finish(self, number: int) -> None:
+        if self.expected > 1:
+            raise FormatError(
+                f"stream ended after document {number} without its last document; upstream stopped early"
+            )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _normal_meta(header: Header) -> dict[str, Any]:
+    """Our metadata, or what a foreign file of rows amounts to."""
+    lengths = {t.shape[0] if t.shape else None for t in header.tensors.values()}
+    meta = header.meta
+    if meta is None:
+        kind = next((k for name, k in INFERRED_KIND.items() if name in header.tensors), "images")
+        rows = "image" in header.tensors
+        count = next(iter(lengths)) if rows and len(lengths) == 1 else 0
+        meta = {"schema": 1, "kind": kind if rows else "foreign", "part": {"index": 1, "last": True}}
+        meta |= {"first": 0, "count": count, "total": count, "history": []}
+    if meta["kind"] in ("model", "checkpoint", "foreign"):
+        return {**meta, "first": 0, "count": 0}
+    if not _is_count(meta.get("first")) or not _is_count(meta.get("count")):
+        raise FormatError("metadata lacks first or count")
+    if "image" in header.tensors or meta["kind"] == "scores":
+        uneven = {n: t.shape for n, t in header.tensors.items() if not t.shape or t.shape[0] != meta["count"]}
+        if uneven:
+            name, shape = next(iter(uneven.items()))
+            raise FormatError(f"tensor {name!r} of shape {list(shape)} does not have {meta['count']} rows")
+    return meta
+
+
+class Reader:
+    """Reads one input: a stream of documents, a foreign safetensors file, or PNG images back to back.
+
+    `name` is what messages call the input; `rows` the most rows of a chunk; `verify` compares digests; `tolerant`
+    leaves a wrong digest to the caller (`self.findings`).
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        *,
+        name: str,
+        rows: int = ROWS,
+        verify: bool = True,
+        tolerant: bool = False,
+        max_document: int = document.MAX_DOCUMENT,
+    ) -> None:
+        self.file, self.name, self.rows = file, name, rows
+        self.verify, self.tolerant, self.max_document = verify, tolerant, max_document
+        self.number = 0
+        self.findings: list[str] = []
+        self.headers: list[Header] = []
+        self._offset = 0
+        self._sequence = _Sequence()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        start = bytes(read_some(self.file, 8))
+        if not start:
+            raise FormatError(f"{self.name}: empty input (0 bytes); did the command before the pipe fail?")
+        if start == png.SIGNATURE:
+            yield from self._pngs(start)
+            return
+        source = _Input(self.file, start)
+        while True:
+            self._offset = source.position
+            raw = source.take(8)
+            if not raw:
+                break
+            self.number += 1
+            try:
+                yield from self._document(source, raw)
+            except FormatError as error:
+                raise type(error)(f"{self.place()}: {error}") from None
+        try:
+            self._sequence.finish(self.number)
+        except FormatError as error:
+            raise FormatError(f"{self.name}: {error}") from None
+
+    def place(self) -> str:
+        """Where the reader is, for messages."""
+        return f"{self.name}: document {self.number} (byte {self._offset})"
+
+    def _pngs(self, start: bytes) -> Iterator[Chunk]:
+        pictures = png.read_many(self.file, name=self.name, start=start)
+        yield from image_chunks(pictures, rows=self.rows, name=self.name)
+
+    def _document(self, source: _Input, raw: bytearray) -> Iterator[Chunk]:
+        if len(raw) < 8:
+            raise FormatError(f"truncated: the length needs 8 bytes, got {len(raw)}")
+        length = document.parse_length(bytes(raw))
+        text = source.take(length)
+        if len(text) < length:
+            start = "" if text[:1] == b"{" else f"; starts with {document.describe_start(bytes(raw + text[:8]))}"
+            raise FormatError(f"truncated or no safetensors: header promises {length} bytes, got {len(text)}{start}")
+        header = document.parse_header(bytes(text), max_document=self.max_document)
+        meta = _normal_meta(header)
+        self.headers.append(header)
+        last = self._sequence.check(meta)
+        if source.seekable:
+            yield from self._slices(source, header, meta, last)
+        else:
+            yield from self._whole(source, header, meta, last)
+
+    def _whole(self, source: _Input, header: Header, meta: dict[str, Any], last: bool) -> Iterator[Chunk]:
+        data = source.take(header.data_bytes)
+        if len(data) < header.data_bytes:
+            raise FormatError(f"truncated: header promises {header.data_bytes} data bytes, got {len(data)}")
+        if self.verify and header.meta is not None:
+            self._check_digest(hashlib.sha256(data).hexdigest(), meta)
+        view = memoryview(data)
+        arrays = {n: document.from_bytes(view[t.start : t.stop], t) for n, t in header.tensors.items()}
+        chunk = Chunk(arrays, meta, last, self.place())
+        yield from split(chunk, self.rows)
+
+    def _slices(self, source: _Input, header: Header, meta: dict[str, Any], last: bool) -> Iterator[Chunk]:
+        base, left = source.position, source.left()
+        if left < header.data_bytes:
+            raise FormatError(f"truncated: header promises {header.data_bytes} data bytes, got {left}")
+        if self.verify and header.meta is not None and "sha256" in meta:
+            self._check_digest(_digest_region(source, base, header.data_bytes), meta)
+
+        def part(info: TensorInfo, start: int, stop: int) -> np.ndarray:
+            raw = source.at(base + info.start + start * info.row_bytes, (stop - start) * info.row_bytes)
+            return document.from_bytes(raw, info, rows=stop - start)
+
+        for start, stop in _spans(meta["count"], self.rows):
+            if meta["count"]:
+                arrays = {n: part(t, start, stop) for n, t in header.tensors.items()}
+            else:
+                whole = {n: source.at(base + t.start, t.stop - t.start) for n, t in header.tensors.items()}
+                arrays = {n: document.from_bytes(raw, header.tensors[n]) for n, raw in whole.items()}
+            here = {**meta, "first": meta["first"] + start, "count": stop - start}
+            source.resume(base + header.data_bytes)
+            yield Chunk(arrays, here, last and stop == meta["count"], self.place())
+        source.resume(base + header.data_bytes)
+
+    def _check_digest(self, found: str, meta: Mapping[str, Any]) -> None:
+        if "sha256" not in meta or meta["sha256"] == found:
+            return
+        text = f"checksum mismatch: the data section has sha256 {found[:12]}…, the header says {str(meta['sha256'])[:12]}…"
+        if not self.tolerant:
+            raise ChecksumError(text)
+        self.findings.append(f"{self.place()}: {text}")
+
+
+def _digest_region(source: _Input, offset: int, size: int) -> str:
+    sha, done = hashlib.sha256(), 0
+    while done < size:
+        piece = source.at(offset + done, min(PIECE, size - done))
+        sha.update(piece)
+        done += len(piece)
+    return sha.hexdigest()
+
+
+def _spans(count: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Consecutive (start, stop) of at most `rows`; one empty span where there are no rows."""
+    for start in range(0, max(count, 1), rows):
+        yield start, min(start + rows, count)
+
+
+def split(chunk: Chunk, rows: int) -> Iterator[Chunk]:
+    """A chunk in pieces of at most `rows` rows; `last` stays with the final piece."""
+    if chunk.count <= rows:
+        yield chunk
+        return
+    for start, stop in _spans(chunk.count, rows):
+        yield chunk.rows(start, stop, last=chunk.last and stop == chunk.count)
+
+
+def image_chunks(pictures: Iterator[png.Picture], *, rows: int, name: str) -> Iterator[Chunk]:
+    """Pictures of one size as an unlabelled image stream (one picture of look-ahead finds the last)."""
+    held: list[png.Picture] = []
+    first = 0
+    for picture in pictures:
+        if held and picture.pixels.shape != held[0].pixels.shape:
+            shapes = [" x ".join(map(str, p.pixels.shape)) for p in (picture, held[0])]
+            raise FormatError(
+                f"{name}: image {first + len(held) + 1} is {shapes[0]}, the first is {shapes[1]}; try rb-data png --size"
+            )
+        if len(held) == rows:
+            yield _picture_chunk(held, first=first, last=False, name=name)
+            first, held = first + rows, held[:0]
+        held.append(picture)
+    yield _picture_chunk(held, first=first, last=True, name=name)
+
+
+def _picture_chunk(pictures: list[png.Picture], *, first: int, last: bool, name: str) -> Chunk:
+    arrays = {"image": np.stack([p.pixels for p in pictures])}
+    meta = {"schema": 1, "kind": "images", "first": first, "count": len(pictures), "history": []}
+    return Chunk(arrays, meta, last, name)
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+class Writer(Protocol):
+    """What takes chunks of rows: `write` each in order with `last` on the final one of a stream, then `close`."""
+
+    def write(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], *, last: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def write_all(raw: BinaryIO, piece: bytes | bytearray | memoryview) -> None:
+    """Write every byte; an unbuffered file may take only part of them at a time."""
+    view = memoryview(piece)
+    if not view.nbytes:
+        return
+    view = view.cast("B")
+    while view:
+        view = view[raw.write(view) or 0 :]
+
+
+def row_count(arrays: Mapping[str, np.ndarray]) -> int:
+    """Rows of a chunk: the common first dimension."""
+    return len(next(iter(arrays.values()))) if arrays else 0
+
+
+class StreamWriter:
+    """Writes each chunk as a document at once: for pipes, terminals of pipelines and `.rbs` files."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw = raw
+        self.part = 0
+
+    def write(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], *, last: bool) -> None:
+        """Append one document; `last` closes the stream and the next call opens another."""
+        self.part += 1
+        own = {**meta, "part": {"index": self.part, "last": last}}
+        if meta["kind"] not in ("model", "checkpoint"):
+            own["count"] = row_count(arrays)
+        for piece in document.encode(arrays, own):
+            write_all(self.raw, piece)
+        if last:
+            self.part = 0
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+
+class FileWriter:
+    """Writes ONE document to a seekable file, its header last, in flat memory (rows wait in spools per tensor).
+
+    Several streams are joined if each goes on where the one before ended and agrees with it in all but its rows;
+    otherwise FormatError: such outputs need a pipe or a `.rbs` file.
+    """
+
+    def __init__(self, file: BinaryIO, *, directory: str | None = None) -> None:
+        self.file, self.directory = file, directory
+        self.spools: dict[str, Any] = {}
+        self.specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.meta: dict[str, Any] | None = None
+        self.count = 0
+        self.complete = False
+
+    def write(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], *, last: bool) -> None:
+        """Append rows."""
+        if self.meta is None:
+            self._open(arrays, meta)
+        self._check(arrays, meta)
+        for name, array in arrays.items():
+            self.spools[name].write(document.as_bytes(array))
+        self.count += row_count(arrays)
+        self.complete = last
+
+    def _open(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+        self.meta = {key: value for key, value in meta.items() if key not in DERIVED}
+        for name, array in arrays.items():
+            self.specs[name] = (document.dtype_name(array), array.shape)
+            self.spools[name] = tempfile.SpooledTemporaryFile(max_size=SPOOL, dir=self.directory)
+
+    def _check(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+        assert self.meta is not None
+        fixed = {key: value for key, value in meta.items() if key not in (*DERIVED, "first", "total")}
+        if fixed != {key: value for key, value in self.meta.items() if key not in ("first", "total")}:
+            raise FormatError("several streams do not fit one document; try a name ending in .rbs, or a pipe")
+        if self.count and meta["first"] != self.meta["first"] + self.count:
+            raise FormatError(
+                f"row {meta['first']} follows row {self.meta['first'] + self.count - 1}: streams that do not continue "
+                "one another do not fit one document; try a name ending in .rbs, or a pipe"
+            )
+        shapes = {name: (document.dtype_name(a), a.shape[1:]) for name, a in arrays.items()}
+        if shapes != {name: (dtype, shape[1:]) for name, (dtype, shape) in self.specs.items()}:
+            raise FormatError(f"rows from {meta['first']} have other tensors or shapes than those before")
+
+    def close(self) -> None:
+        """Write the document. Raises: FormatError when the final chunk never came."""
+        if self.meta is None or not self.complete:
+            raise FormatError("output is incomplete: the last rows never came")
+        meta = {**self.meta, "schema": document.SCHEMA, "part": {"index": 1, "last": True}}
+        specs = self.specs
+        if meta["kind"] not in ("model", "checkpoint"):
+            meta["count"] = self.count
+            specs = {name: (dtype, (self.count, *shape[1:])) for name, (dtype, shape) in specs.items()}
+        tensors = document.layout(specs)
+        draft = document.encode_header(tensors, {**meta, "sha256": "0" * 64})
+        write_all(self.file, bytes(8) + draft[8:])  # the length stays 0 until all is there
+        sha = hashlib.sha256()
+        for name in tensors:
+            self._pour(name, sha)
+        header = document.encode_header(tensors, {**meta, "sha256": sha.hexdigest()})
+        self.file.seek(8)
+        write_all(self.file, header[8:])
+        self.file.flush()
+        self.file.seek(0)
+        write_all(self.file, header[:8])
+        self.file.flush()
+
+    def _pour(self, name: str, sha: Any) -> None:
+        spool = self.spools.pop(name)
+        spool.seek(0)
+        while piece := spool.read(PIECE):
+            sha.update(piece)
+            write_all(self.file, piece)
+        spool.close()
+
+
+def whole(file: BinaryIO, *, name: str, read: Callable[..., Reader] = Reader) -> Chunk:
+    """The single document of a file, all rows at once. Raises: FormatError if there is none or more than one."""
+    chunks = list(read(file, name=name, rows=2**62))
+    if len(chunks) != 1:
+        raise FormatError(f"{name}: holds {len(chunks)} documents, expected one; try `rb-info --join`")
+    return chunks[0]

@@ -185,7 +185,9 @@ def _metadata(raw: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
     if not isinstance(meta, dict):
         raise FormatError("metadata key rb must be a JSON object")
     if meta.get("schema") != SCHEMA:
-        raise FormatError(f"schema {printable(str(meta.get('schema')))} is not {SCHEMA}: made by another version of rbkit")
+        raise FormatError(
+            f"schema {printable(str(meta.get('schema')))} is not {SCHEMA}: made by another version of rbkit"
+        )
     if meta.get("kind") not in KINDS:
         raise FormatError(f"kind {printable(str(meta.get('kind')))!r} is unknown; expected one of {', '.join(KINDS)}")
     return meta, foreign

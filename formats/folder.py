@@ -110,9 +110,7 @@ def files(
     first_shape: list[tuple[int, ...]] = []
 
     def fetch(indices: np.ndarray) -> dict[str, np.ndarray]:
-        pictures = [
-            recolour(decode(paths[i], size=size, max_pixels=max_pixels), channels) for i in indices.tolist()
-        ]
+        pictures = [recolour(decode(paths[i], size=size, max_pixels=max_pixels), channels) for i in indices.tolist()]
         image = stack(pictures, [names[i] for i in indices.tolist()])
         first_shape.append(image.shape[1:])
         if image.shape[1:] != first_shape[0]:
@@ -144,7 +142,9 @@ def image_folder(
     carved = not (root / "val").is_dir()
     folder = root / ("train" if split in ("val", "trainval") and carved else split)
     if not folder.is_dir():
-        raise FormatError(f"{printable(os.fspath(root), limit=200)}: no folder {folder.name!r}; expected train/ and test/")
+        raise FormatError(
+            f"{printable(os.fspath(root), limit=200)}: no folder {folder.name!r}; expected train/ and test/"
+        )
     base = root / "train" if (root / "train").is_dir() else folder
     classes = sorted(p.name for p in base.iterdir() if p.is_dir())
     strange = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in classes)

@@ -23,10 +23,14 @@ def to_nchw(array: np.ndarray, *, layout: str | None, name: str) -> np.ndarray:
     if array.ndim == 3:
         return array[:, None]
     if array.ndim != 4:
-        raise FormatError(f"{name}: images have shape {list(array.shape)}, expected (N, H, W), (N, C, H, W) or (N, H, W, C)")
+        raise FormatError(
+            f"{name}: images have shape {list(array.shape)}, expected (N, H, W), (N, C, H, W) or (N, H, W, C)"
+        )
     fits = [key for key, axis in (("nchw", 1), ("nhwc", 3)) if array.shape[axis] in (1, 3)]
     if layout is None and len(fits) != 1:
-        raise FormatError(f"{name}: shape {list(array.shape)} does not tell where the channels are; try --layout nchw or nhwc")
+        raise FormatError(
+            f"{name}: shape {list(array.shape)} does not tell where the channels are; try --layout nchw or nhwc"
+        )
     chosen = layout or fits[0]
     return array if chosen == "nchw" else np.ascontiguousarray(array.transpose(0, 3, 1, 2))
 

@@ -109,7 +109,9 @@ def _check_data(packed: bytes, shape: _Shape, *, name: str) -> None:
     except zlib.error as error:
         raise FormatError(f"{name}: image data is corrupt ({error})") from None
     if found != wanted or not inflater.eof:
-        raise FormatError(f"{name}: image data inflates to {found} bytes, expected {wanted} (rows are missing or extra)")
+        raise FormatError(
+            f"{name}: image data inflates to {found} bytes, expected {wanted} (rows are missing or extra)"
+        )
 
 
 def _text(body: bytes) -> dict[str, Any]:

@@ -139,9 +139,7 @@ class _Sequence:
 
     def finish(self, number: int) -> None:
         if self.expected > 1:
-            raise FormatError(
-                f"stream ended after document {number} without its last document; upstream stopped early"
-            )
+            raise FormatError(f"stream ended after document {number} without its last document; upstream stopped early")
 
 
 def _is_count(value: Any) -> bool:
@@ -279,7 +277,9 @@ class Reader:
     def _check_digest(self, found: str, meta: Mapping[str, Any]) -> None:
         if "sha256" not in meta or meta["sha256"] == found:
             return
-        text = f"checksum mismatch: the data section has sha256 {found[:12]}…, the header says {str(meta['sha256'])[:12]}…"
+        text = (
+            f"checksum mismatch: the data section has sha256 {found[:12]}…, the header says {str(meta['sha256'])[:12]}…"
+        )
         if not self.tolerant:
             raise ChecksumError(text)
         self.findings.append(f"{self.place()}: {text}")

@@ -1,0 +1,149 @@
+"""Device, threads and models: what a command needs before it can compute."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._io import open_bytes
+from rbkit.formats.errors import FormatError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rbkit.formats.stream import Chunk
+    from rbkit.tools.models import Classifier, Evaluation
+
+
+def available_threads() -> int:
+    """CPUs that this process may use: affinity, cut to the container's quota."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here
+    return count
+
+
+def set_up(device: str, threads: int | None) -> torch.device:
+    """Fix the threads and return the device. Raises: Usage for a device that is not there."""
+    import torch
+
+    torch.set_num_threads(threads or available_threads())
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise Usage(f"--device: got {device!r}, expected auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
+        raise Usage(f"--device: {device} is not available here; try cpu")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model file, ready to run."""
+
+    classifier: Classifier
+    meta: dict[str, Any]
+    sha: str
+    path: str
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return int(self.meta["num_classes"])
+
+    def evaluation(self, block: int) -> Evaluation:
+        """The form in which it is run."""
+        from rbkit.tools.models import Evaluation
+
+        return Evaluation(self.classifier, block=block)
+
+
+def model_chunk(path: str) -> Chunk:
+    """The document of a model file. Raises: Input."""
+    from rbkit.formats.stream import whole
+
+    with blame(Input, FormatError, OSError):
+        file, name = open_bytes(path)
+        chunk = whole(file, name=name)
+    if chunk.meta["kind"] != "model":
+        what = "a state dict of others?" if chunk.meta["kind"] == "foreign" else f"kind {chunk.meta['kind']}"
+        raise Input(f"{path}: no model of rbkit ({what}); try rb-model import")
+    return chunk
+
+
+IDENTITY = ("arch", "width", "num_classes", "mean", "std", "sha256")
+
+
+def model_sha(meta: dict[str, Any]) -> str:
+    """Identity of a model: a digest of its weights, architecture and normalisation, not of its history."""
+    from rbkit.formats.document import digest
+
+    return digest({key: meta.get(key) for key in IDENTITY})
+
+
+def load_model(path: str, *, archs: Sequence[str] | None, device: torch.device) -> Model:
+    """A model file as a classifier on `device`. Code of a factory runs only if `--arch` names it too."""
+    import torch
+
+    from rbkit.tools.architectures import build, is_factory
+    from rbkit.tools.models import Classifier
+
+    chunk = model_chunk(path)
+    meta = chunk.meta
+    arch = str(meta.get("arch"))
+    if is_factory(arch) and arch not in (archs or ()):
+        raise Usage(f"{path}: its architecture is code of its author; if you trust it, add --arch {arch}")
+    if archs and not is_factory(arch) and arch not in archs:
+        raise Usage(f"{path}: its architecture is {arch}, not {', '.join(archs)}")
+    channels = (meta.get("input") or [3])[0]
+    with blame(Input, ValueError, KeyError, TypeError, prefix=f"{path}: "):
+        net = build(arch, num_classes=meta["num_classes"], channels=channels, width=meta.get("width"))
+        state = {name: torch.from_numpy(array.copy()) for name, array in chunk.arrays.items()}
+        _load_state(net, state)
+        classifier = Classifier(net, mean=meta["mean"], std=meta["std"])
+    return Model(classifier.eval().to(device), meta, model_sha(meta), path)
+
+
+def _load_state(net: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from None
+
+
+def check_input(model: Model, shape: Sequence[int], *, place: str) -> None:
+    """Refuse images that the model does not take; nothing is resized or repeated in silence."""
+    expected = model.meta.get("input")
+    if expected is not None and list(shape) != list(expected):
+        want, got = ("x".join(map(str, s)) for s in (expected, shape))
+        raise Input(f"{place}: the model expects images of {want}, got {got}; try rb-data --size, --grey or --rgb")
+
+
+def to_tensor(array: Any, device: torch.device) -> torch.Tensor:
+    """An array of a chunk as a tensor on `device`."""
+    import torch
+
+    if not array.flags.writeable:
+        array = array.copy()
+    return torch.from_numpy(array).to(device)
+
+
+def side_digest(path: str) -> str:
+    """sha256 of a side input, for the history."""
+    import hashlib
+
+    with blame(Input, OSError):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()

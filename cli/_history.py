@@ -1,0 +1,39 @@
+"""The history of an output: one entry per tool, like the @PG lines of samtools, without clock, host, user or path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rbkit.cli import __version__
+from rbkit.cli._options import UNRECORDED
+from rbkit.formats.document import digest
+
+
+def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that reach the history: all that shape the result, defaults filled in, under their long names."""
+    kept = {k.rstrip("_"): v for k, v in options.items() if k not in UNRECORDED and k != "seed" and v is not None}
+    return dict(sorted(kept.items()))
+
+
+def entry(
+    tool: str,
+    options: Mapping[str, Any],
+    *,
+    parents: Sequence[str] = (),
+    model: str | None = None,
+    inputs: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """An entry of the history; its id is a digest of all the rest."""
+    body: dict[str, Any] = {
+        "parents": list(parents), "tool": tool, "version": __version__, "params": recorded(options),
+        "seed": options.get("seed"), "model": model, "inputs": dict(inputs or {}),
+    }  # fmt: skip
+    return {"id": digest(body)[:16], **body}
+
+
+def extended(history: Sequence[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """The history with `new` at its end, linked to the last entry before it."""
+    parents = [history[-1]["id"]] if history else []
+    body = {key: value for key, value in new.items() if key != "id"} | {"parents": parents}
+    return [*history, {"id": digest(body)[:16], **body}]

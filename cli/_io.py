@@ -1,0 +1,270 @@
+"""Where bytes come from and go to: files, pipes, terminals and pictures. Nothing here knows what a tool computes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import queue
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from rbkit.cli._errors import Failure, Input, Output, Usage, blame, reason
+from rbkit.formats.errors import FormatError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rbkit.formats.stream import Chunk, Reader, Writer
+
+PIPE_BYTES = 1 << 20
+F_SETPIPE_SZ = 1031
+STDIN = "standard input"
+
+
+def _widen(fd: int) -> None:
+    """A pipe of 1 MiB: three times the throughput of the default between two Python processes."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            fcntl.fcntl(fd, F_SETPIPE_SZ, PIPE_BYTES)
+
+
+def open_bytes(source: str) -> tuple[BinaryIO, str]:
+    """(file, name for messages) of a path or `-`. A terminal is refused."""
+    if source != "-":
+        with blame(Input, OSError):
+            if Path(source).is_dir():
+                raise Input(f"{source}: is a folder, expected a file; try rb-data folder {source}")
+            return open(source, "rb", buffering=0), source
+    if os.isatty(0):
+        raise Usage("standard input is a terminal; give a file, or pipe a stream in")
+    _widen(0)
+    return open(0, "rb", buffering=0, closefd=False), STDIN
+
+
+def reader(source: str, **options: Any) -> Reader:
+    """A stream reader of a path or `-`."""
+    from rbkit.formats.stream import Reader
+
+    file, name = open_bytes(source)
+    return Reader(file, name=name, **options)
+
+
+def chunks(source: str, *, shard: tuple[int, int] | None = None, **options: Any) -> Iterator[Chunk]:
+    """The chunks of an input, cut to a shard of the whole; format errors become input failures."""
+    with blame(Input, FormatError, OSError):
+        stream: Iterable[Chunk] = reader(source, **options)
+        if shard is not None:
+            stream = _only_shard(stream, shard)
+        yield from stream
+
+
+def _only_shard(stream: Iterable[Chunk], shard: tuple[int, int]) -> Iterator[Chunk]:
+    """The rows of one shard; the rest is read all the same, so that a cut input is noticed."""
+    from rbkit.tools.sample import shard_range
+
+    emitted = False
+    for chunk in stream:
+        total = chunk.meta.get("total")
+        if not isinstance(total, int):
+            raise Usage("--shard needs the total number of rows, which this input does not tell; try a file")
+        begin, end = shard_range(total, *shard)
+        start, stop = (min(max(bound - chunk.first, 0), chunk.count) for bound in (begin, end))
+        last_row = chunk.first + stop >= end or chunk.last
+        if start < stop:
+            emitted = True
+            yield chunk.rows(start, stop, last=last_row)
+        elif chunk.last and not emitted:
+            yield _empty(chunk, begin)
+        if chunk.last:
+            emitted = False
+
+
+def _empty(chunk: Chunk, first: int) -> Chunk:
+    cut = chunk.rows(0, 0, last=True)
+    cut.meta["first"] = first
+    return cut
+
+
+class ReadAhead:
+    """Chunks read by a thread, so that a tool can ask for one without waiting: `poll(wait)`."""
+
+    DEPTH = 2
+
+    def __init__(self, source: Iterable[Chunk]) -> None:
+        self.queue: queue.Queue[Any] = queue.Queue(self.DEPTH)
+        self.ended = False
+        threading.Thread(target=self._read, args=(source,), daemon=True).start()
+
+    def _read(self, source: Iterable[Chunk]) -> None:
+        try:
+            for chunk in source:
+                self.queue.put(chunk)
+            self.queue.put(StopIteration())
+        except BaseException as error:  # handed to the thread that works, which reports it
+            self.queue.put(error)
+
+    def poll(self, wait: bool) -> Chunk | None:
+        """The next chunk, or None where none is ready and `wait` is false. Raises StopIteration at the end."""
+        if self.ended:
+            raise StopIteration
+        try:
+            item = self.queue.get(block=wait)
+        except queue.Empty:
+            return None
+        if isinstance(item, BaseException):
+            self.ended = True
+            raise item
+        return item
+
+
+def refuse_same_file(source: str, output: str) -> None:
+    """Refuse an output that is the input."""
+    if source == "-" or output == "-" or not Path(output).exists():
+        return
+    if Path(source).exists() and Path(source).samefile(output) and Path(output).is_file():
+        raise Usage(f"{output}: input and output are the same file")
+
+
+class Sink:
+    """The output of a command: a document, a stream or pictures, to a file or standard output.
+
+    A context manager: on success the output is completed (`-o` targets appear at once, whole), on failure it is
+    forgotten. Raises Usage for binary to a terminal and Output for what cannot be written.
+    """
+
+    def __init__(self, output: str, *, no_history: bool = False) -> None:
+        self.output, self.no_history = output, no_history
+        self.atomic: Any = None
+        self.writer: Writer
+        with blame(Output, OSError, prefix=""):
+            self.writer = self._open()
+
+    def _open(self) -> Writer:
+        from rbkit.formats.atomic import AtomicFile
+        from rbkit.formats.stream import FileWriter, StreamWriter
+
+        if self.output == "-":
+            return _stdout_writer()
+        if self.output.endswith("/") or self.output.lower().endswith(".png"):
+            from rbkit.cli._pictures import PictureWriter
+
+            return PictureWriter(self.output)
+        self.atomic = AtomicFile(self.output)
+        streamed = self.atomic.in_place or self.output.endswith(".rbs")
+        if streamed:
+            return StreamWriter(self.atomic.file)
+        return FileWriter(self.atomic.file, directory=os.fspath(self.atomic.target.parent))
+
+    @property
+    def many(self) -> bool:
+        """Whether the output can hold several streams."""
+        from rbkit.formats.stream import StreamWriter
+
+        return isinstance(self.writer, StreamWriter)
+
+    def write(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], *, last: bool) -> None:
+        """Append rows; `last` with the final ones of a stream."""
+        if self.no_history:
+            meta = {key: value for key, value in meta.items() if key != "history"}
+        with self._blame():
+            self.writer.write(arrays, meta, last=last)
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None:
+            if self.atomic is not None:
+                self.atomic.abort()
+            return
+        try:
+            with self._blame():
+                self.writer.close()
+                if self.atomic is not None:
+                    self.atomic.commit()
+        except BaseException:
+            if self.atomic is not None:
+                self.atomic.abort()
+            raise
+
+    @contextlib.contextmanager
+    def _blame(self) -> Iterator[None]:
+        name = "standard output" if self.output == "-" else self.output
+        try:
+            yield
+        except BrokenPipeError:
+            if self.output == "-":
+                raise
+            raise Output(f"{name}: the reader went away") from None
+        except OSError as error:
+            raise Output(f"{name}: write error: {error.strerror or reason(error)}") from error
+        except FormatError as error:
+            raise Usage(f"{name}: {reason(error)}") from error
+
+
+def _stdout_writer() -> Writer:
+    from rbkit.formats.stream import FileWriter, StreamWriter
+
+    refuse_terminal()
+    raw = stdout_bytes()
+    info = os.fstat(1)
+    if (
+        stat.S_ISREG(info.st_mode)
+        and info.st_size == 0
+        and raw.tell() == 0
+        and not fcntl.fcntl(1, fcntl.F_GETFL) & os.O_APPEND
+    ):
+        return FileWriter(raw)
+    _widen(1)
+    return StreamWriter(raw)
+
+
+def stdout_bytes() -> BinaryIO:
+    """Standard output as a raw file, whatever PYTHONUNBUFFERED says; `write_all` writes every byte to it."""
+    sys.stdout.flush()
+    return open(1, "wb", buffering=0, closefd=False)
+
+
+def refuse_terminal() -> None:
+    """Binary never goes to a terminal."""
+    if os.isatty(1):
+        raise Usage("refusing to write binary data to a terminal; use -o FILE, or a pipe")
+
+
+def write_stdout(content: bytes) -> None:
+    """All of `content` to standard output, now."""
+    from rbkit.formats.stream import write_all
+
+    try:
+        write_all(stdout_bytes(), content)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Output(f"standard output: write error: {error.strerror}") from error
+
+
+def print_line(text: str) -> None:
+    """A line of text to standard output, as UTF-8 whatever the locale."""
+    write_stdout(text.encode("utf-8", "surrogateescape") + b"\n")
+
+
+def write_file(output: str, content: bytes) -> None:
+    """Bytes to a path (atomically) or to standard output (`-`)."""
+    from rbkit.formats.atomic import write_atomically
+
+    if output == "-":
+        write_stdout(content)
+        return
+    with blame(Output, OSError):
+        write_atomically(output, content)
+
+
+def guarded(step: Callable[[], Any], *, kind: type[Failure] = Usage) -> Any:
+    """The result of `step`, a ValueError in it being the caller's fault."""
+    with blame(kind, ValueError):
+        return step()

@@ -1,0 +1,58 @@
+"""Texts of the command line as values; each refusal is a usage failure that names the option."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from rbkit.cli._errors import Usage
+
+
+def number(text: str, *, option: str, low: float = 0.0, high: float = math.inf) -> float:
+    """A decimal number or a fraction like 8/255, in [low, high]."""
+    try:
+        value = float(Fraction(text.strip().replace(" ", ""))) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise Usage(f"{option}: got {text!r}, expected a number such as 0.5 or 8/255") from None
+    if not math.isfinite(value) or not low <= value <= high:
+        raise Usage(f"{option}: got {text}, expected a number from {low:g} to {high:g}")
+    return value
+
+
+def numbers(text: str, *, option: str, low: float = 0.0, high: float = math.inf) -> list[float]:
+    """Numbers separated by commas."""
+    return [number(part, option=option, low=low, high=high) for part in text.split(",")]
+
+
+def choice(text: str, allowed: Sequence[str], *, option: str) -> str:
+    """One of `allowed`."""
+    if text not in allowed:
+        raise Usage(f"{option}: got {text!r}, expected one of {', '.join(allowed)}")
+    return text
+
+
+def shard(text: str | None) -> tuple[int, int] | None:
+    """K/N with 1 <= K <= N."""
+    if text is None:
+        return None
+    left, slash, right = text.partition("/")
+    if not (slash and left.isdecimal() and right.isdecimal() and 1 <= int(left) <= int(right)):
+        raise Usage(f"--shard: got {text!r}, expected K/N with 1 <= K <= N, such as 1/4")
+    return int(left), int(right)
+
+
+def size(text: str, *, option: str) -> tuple[int, int, int]:
+    """CxHxW, such as 3x32x32."""
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(p.isdecimal() and int(p) for p in parts):
+        raise Usage(f"{option}: got {text!r}, expected CxHxW such as 3x32x32")
+    channels, height, width = map(int, parts)
+    return channels, height, width
+
+
+def block(value: int) -> int:
+    """A block size: a multiple of 32."""
+    if value % 32:
+        raise Usage(f"--block: got {value}, expected a multiple of 32")
+    return value

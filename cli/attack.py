@@ -1,0 +1,281 @@
+"""rb-attack: images and a model to adversarial images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rbkit.cli import _history, _io, _values
+from rbkit.cli._app import note, program
+from rbkit.cli._compute import Model, check_input, load_model, set_up, to_tensor
+from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._options import (
+    BLOCK,
+    DOCUMENT_LIMIT,
+    EPS_HELP,
+    ArchName,
+    Block,
+    Device,
+    MaxDocument,
+    ModelFile,
+    NoHistory,
+    Norm,
+    Output,
+    Quiet,
+    Seed,
+    Shard,
+    Source,
+    Threads,
+)
+from rbkit.cli._progress import Progress
+from rbkit.formats.errors import FormatError
+
+if TYPE_CHECKING:
+    from rbkit.formats.stream import Chunk
+    from rbkit.tools.ascend import Batch
+    from rbkit.tools.attack import Attack, Attacked
+
+NAMES = ("fgsm", "pgd")
+LOSSES = ("ce", "margin", "dlr")
+
+
+def attack(
+    model: ModelFile,
+    source: Source = "-",
+    attack: Annotated[
+        str, typer.Option("--attack", metavar="|".join(NAMES), help="fgsm: one step of eps from the clean image.")
+    ] = "pgd",
+    norm: Norm = "l2",
+    eps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eps",
+            metavar="X",
+            help=EPS_HELP + " Repeat for one stream per radius. Default 0.5 (l2), 8/255 (linf).",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="pgd: gradient steps per restart.")] = 20,
+    step_size: Annotated[
+        str | None,
+        typer.Option(
+            "--step-size", metavar="X", help="pgd: length of a step; default 2.5 eps / steps.", show_default=False
+        ),
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option("--restarts", metavar="N", min=1, help="Worst of N starts, per example.")
+    ] = 1,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--start",
+            metavar="random|clean",
+            help="Uniform in the ball (pgd's default) or the image (fgsm's).",
+            show_default=False,
+        ),
+    ] = None,
+    loss: Annotated[
+        str, typer.Option("--loss", metavar="|".join(LOSSES), help="What is raised: cross-entropy, margin, or DLR.")
+    ] = "ce",
+    targeted: Annotated[
+        bool, typer.Option("--targeted", help="Towards another class: --target, else a random one per example.")
+    ] = False,
+    target: Annotated[
+        int | None,
+        typer.Option("--target", metavar="K", min=0, help="The class that --targeted aims at.", show_default=False),
+    ] = None,
+    until: Annotated[
+        str,
+        typer.Option(
+            "--until",
+            metavar="broken|end",
+            help="Leave an example once it is broken, or take all steps and keep the worst.",
+        ),
+    ] = "broken",
+    seed: Seed = 0,
+    refill: Annotated[
+        bool, typer.Option("--refill/--no-refill", help="Give the slot of a broken example to the next one.")
+    ] = True,
+    block: Block = BLOCK,
+    arch: ArchName = None,
+    shard: Shard = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    max_document: MaxDocument = DOCUMENT_LIMIT,
+    output: Output = "-",
+    quiet: Quiet = False,
+    no_history: NoHistory = False,
+) -> None:
+    """Find adversarial images within eps of each image of a stream.
+
+    The output holds what came in plus adversarial (float32), success and the cost per example. Images that the model
+    misclassifies are returned as they are and count as broken. Without labels the prediction stands in.
+    """
+    options = dict(locals())
+    radii = _radii(options)
+    _io.refuse_same_file(source, output)
+    part = _values.shard(shard)
+    place = set_up(device, threads)
+    victim = load_model(model, archs=arch, device=place)
+    with _io.Sink(output, no_history=no_history) as sink:
+        if len(radii) > 1 and not sink.many:
+            raise Usage(
+                f"{len(radii)} radii give {len(radii)} streams; write them to a name ending in .rbs, or to a pipe"
+            )
+        stream = _io.chunks(source, shard=part, max_document=max_document)
+        _attack_all(options, radii, victim, stream, sink)
+
+
+def _radii(options: dict[str, Any]) -> list[float]:
+    """The radii, after all options were checked."""
+    _values.choice(options["attack"], NAMES, option="--attack")
+    _values.choice(options["norm"], ("l2", "linf"), option="--norm")
+    _values.choice(options["loss"], LOSSES, option="--loss")
+    _values.choice(options["until"], ("broken", "end"), option="--until")
+    _values.block(options["block"])
+    if options["start"] is not None:
+        _values.choice(options["start"], ("random", "clean"), option="--start")
+    if options["target"] is not None and not options["targeted"]:
+        raise Usage("--target goes with --targeted")
+    texts = options["eps"] or [{"l2": "0.5", "linf": "8/255"}[options["norm"]]]
+    radii = [_values.number(part, option="--eps") for text in texts for part in text.split(",")]
+    if len(set(radii)) < len(radii):
+        raise Usage("--eps: the same radius twice")
+    return radii
+
+
+def _spec(options: dict[str, Any], eps: float) -> Attack:
+    from rbkit.tools.attack import ATTACKS
+
+    extra: dict[str, Any] = {"loss": options["loss"], "targeted": options["targeted"], "until": options["until"]}
+    if options["start"] is not None:
+        extra["start"] = options["start"]
+    if options["attack"] == "pgd":
+        extra["steps"] = options["steps"]
+        if options["step_size"] is not None:
+            extra["step_size"] = _values.number(options["step_size"], option="--step-size")
+    return ATTACKS[options["attack"]](
+        norm=options["norm"], eps=eps, seed=options["seed"], restarts=options["restarts"], **extra
+    )  # fmt: skip
+
+
+def _attack_all(
+    options: dict[str, Any], radii: list[float], victim: Model, stream: Iterator[Chunk], sink: _io.Sink
+) -> None:
+    """One pass per radius; several radii need the rows again, so these are held."""
+    if len(radii) == 1:
+        _attack_stream(options, radii[0], victim, stream, sink)
+        return
+    held = list(stream)
+    for eps in radii:
+        _attack_stream(options, eps, victim, iter(held), sink)
+
+
+def _attack_stream(options: dict[str, Any], eps: float, victim: Model, stream: Iterator[Chunk], sink: _io.Sink) -> None:
+    from rbkit.formats.rows import RowChecker
+    from rbkit.tools import attack as tool
+
+    spec = _spec(options, eps)
+    evaluation = victim.evaluation(options["block"])
+    checker = RowChecker(classes=victim.classes)
+    said: set[str] = set()
+
+    def checked() -> Iterator[Chunk]:
+        for chunk in stream:
+            with blame(Input, FormatError):
+                chunk = checker(chunk)
+            _check_earlier(chunk, spec)
+            check_input(victim, chunk.arrays["image"].shape[1:], place=chunk.place)
+            if "label" not in chunk.arrays and not options["quiet"] and not said:
+                said.add("label")
+                note("rb-attack", f"{chunk.place}: no labels; the model's own predictions stand in")
+            yield chunk
+
+    ahead = _io.ReadAhead(checked())
+    history = _history.entry("rb-attack", _recorded(options, spec), model=victim.sha)
+    total: int | None = None
+    with Progress("rb-attack", total=total, unit="images", quiet=options["quiet"]) as progress:
+        poll = _poll(ahead, evaluation.model.mean.device, options)
+        for chunk, result in _io.guarded(lambda: tool.run(evaluation, spec, poll)):
+            arrays = {**chunk.arrays, **_columns(chunk, result)}
+            sink.write(arrays, _meta(chunk, spec, victim, history), last=chunk.last)
+            progress.advance(chunk.count)
+
+
+def _poll(ahead: _io.ReadAhead, device: Any, options: dict[str, Any]) -> Callable[[bool], Batch | None]:
+    """Chunks as batches of the tool; without refilling a batch never meets another in a block."""
+    import torch
+
+    from rbkit.tools.ascend import Batch
+    from rbkit.tools.train import as_float
+
+    def poll(wait: bool) -> Batch | None:
+        if not wait and not options["refill"]:
+            return None
+        chunk = ahead.poll(wait)
+        if chunk is None:
+            return None
+        clean = as_float(to_tensor(chunk.arrays["image"], device))
+        context = {
+            name: to_tensor(chunk.arrays[name], device) for name in ("label", "adversarial") if name in chunk.arrays
+        }
+        if options["target"] is not None:
+            context["target"] = torch.full((chunk.count,), options["target"], device=device)
+        return Batch(to_tensor(chunk.arrays["id"], device), clean, context, tag=chunk)
+
+    return poll
+
+
+def _check_earlier(chunk: Chunk, spec: Attack) -> None:
+    """A second attack on an attacked stream adds to it, within the same ball."""
+    earlier = chunk.meta.get("attack")
+    if "adversarial" in chunk.arrays and earlier is None:
+        raise Usage(f"{chunk.place}: already attacked by another tool, ball unknown; attack its images instead")
+    if earlier is not None and (earlier.get("norm"), earlier.get("eps")) != (spec.norm, spec.eps):
+        raise Usage(
+            f"{chunk.place}: already attacked at {earlier.get('norm')} {earlier.get('eps')}, not {spec.norm} {spec.eps}; "
+            "use the same norm and eps to add to it"
+        )
+
+
+def _columns(chunk: Chunk, result: Attacked) -> dict[str, Any]:
+    """The tensors that the attack adds; the cost adds to that of an earlier attack."""
+    outcome = result.outcome
+    added = {
+        "adversarial": outcome.images.cpu().numpy(),
+        "success": result.success.cpu().numpy().astype("uint8"),
+        "forwards": outcome.forwards.cpu().numpy(),
+        "backwards": outcome.backwards.cpu().numpy(),
+        "zero_gradients": outcome.zero_gradients.cpu().numpy(),
+    }
+    for name in ("forwards", "backwards", "zero_gradients"):
+        if name in chunk.arrays:
+            added[name] = added[name] + chunk.arrays[name]
+    if result.target is not None:
+        added["attack_target"] = result.target.cpu().numpy()
+    return added
+
+
+def _recorded(options: dict[str, Any], spec: Attack) -> dict[str, Any]:
+    """The options with their defaults filled in, as the history keeps them."""
+    return {**options, "eps": spec.eps, "steps": spec.steps, "step_size": spec.step_size, "start": spec.start}
+
+
+def _meta(chunk: Chunk, spec: Attack, victim: Model, history: dict[str, Any]) -> dict[str, Any]:
+    described = {**asdict(spec), "model": victim.sha}
+    earlier = chunk.meta.get("attack")
+    if earlier is not None:
+        described["name"] = f"{earlier['name']}+{spec.name}"
+    kept = {key: value for key, value in chunk.meta.items() if key not in ("part", "sha256")}
+    chain = _history.extended(chunk.meta.get("history") or [], history)
+    return {**kept, "kind": "adversarial", "attack": described, "history": chain}
+
+
+main = program("rb-attack", attack)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""rb-saliency: images and a model to attributions."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rbkit.cli import _history, _io, _values
+from rbkit.cli._app import note, program
+from rbkit.cli._compute import Model, check_input, load_model, set_up, side_digest, to_tensor
+from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._options import (
+    BLOCK,
+    DOCUMENT_LIMIT,
+    ArchName,
+    Block,
+    Device,
+    MaxDocument,
+    ModelFile,
+    NoHistory,
+    Output,
+    Quiet,
+    Seed,
+    Shard,
+    Source,
+    Threads,
+)
+from rbkit.cli._progress import Progress
+from rbkit.formats.errors import FormatError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rbkit.formats.stream import Chunk
+    from rbkit.tools.models import Evaluation
+    from rbkit.tools.saliency import Saliency
+
+METHODS = ("gradient", "input-x-gradient", "ig", "smoothgrad", "shap")
+OUTPUTS = ("logit", "probability", "log-probability")
+BASELINES = ("black", "white", "mean", "blur", "uniform", "data")
+OF = ("auto", "image", "adversarial")
+
+
+def saliency(
+    model: ModelFile,
+    source: Source = "-",
+    method: Annotated[str, typer.Option("--method", metavar="|".join(METHODS), help="shap: expected gradients.")] = "gradient",
+    target: Annotated[str, typer.Option("--target", metavar="predicted|label|K", help="Which class is explained.")] = "predicted",
+    explain: Annotated[str, typer.Option("--explain", metavar="|".join(OUTPUTS), help="What of that class.")] = "logit",
+    of: Annotated[str, typer.Option("--of", metavar="|".join(OF), help="auto: adversarial where present, else image.")] = "auto",
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="ig: intervals of the path.")] = 50,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--ig-tolerance", metavar="X", min=0, help="ig: double the steps until the completeness error is below X times the change of output.", show_default=False),
+    ] = None,
+    max_steps: Annotated[int, typer.Option("--max-steps", metavar="N", min=1, help="ig: where --ig-tolerance gives up.")] = 1600,
+    baseline: Annotated[str, typer.Option("--baseline", metavar="|".join(BASELINES), help="ig: start of the path; data takes --background.")] = "black",
+    baselines: Annotated[int, typer.Option("--baselines", metavar="N", min=1, help="ig: draws of uniform or data to average over.")] = 1,
+    samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="smoothgrad, shap: draws per image.")] = 50,
+    sigma: Annotated[str, typer.Option("--sigma", metavar="X", help="smoothgrad: noise in [0, 1] pixels.")] = "0.1",
+    background: Annotated[
+        str | None, typer.Option("--background", metavar="FILE", help="shap, baseline data: a stream of reference images.", show_default=False)
+    ] = None,
+    seed: Seed = 0,
+    block: Block = BLOCK,
+    arch: ArchName = None,
+    shard: Shard = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    max_document: MaxDocument = DOCUMENT_LIMIT,
+    output: Output = "-",
+    quiet: Quiet = False,
+    no_history: NoHistory = False,
+) -> None:
+    """Explain a model's outputs on each image of a stream.
+
+    The output holds what came in plus attribution (float32, signed, one value per pixel and channel), target, and
+    where the method has them completeness_error, output_change, steps and standard_error.
+    """
+    options = dict(locals())
+    spec = _spec(options)
+    _io.refuse_same_file(source, output)
+    part = _values.shard(shard)
+    place = set_up(device, threads)
+    subject = load_model(model, archs=arch, device=place)
+    reference = _background(background, subject, max_document, place)
+    inputs = {} if background is None else {"background": side_digest(background)}
+    entry = _history.entry("rb-saliency", {k: v for k, v in options.items() if k != "background"}, model=subject.sha, inputs=inputs)
+    stream = _io.chunks(source, shard=part, max_document=max_document)
+    with _io.Sink(output, no_history=no_history) as sink:
+        _explain_stream(options, spec, subject, reference, stream, sink, entry)
+
+
+def _spec(options: dict[str, Any]) -> Saliency:
+    from rbkit.tools.saliency import Saliency
+
+    for name, allowed in (("method", METHODS), ("explain", OUTPUTS), ("of", OF), ("baseline", BASELINES)):
+        _values.choice(options[name], allowed, option=f"--{name}")
+    _values.block(options["block"])
+    if options["target"] not in ("predicted", "label") and not options["target"].isdecimal():
+        raise Usage(f"--target: got {options['target']!r}, expected predicted, label or a class number")
+    if options["method"] == "shap" and options["background"] is None:
+        raise Usage("--method shap needs --background FILE, a stream of reference images")
+    if options["baseline"] == "data" and options["background"] is None:
+        raise Usage("--baseline data needs --background FILE")
+    if options["baselines"] > 1 and options["baseline"] not in ("uniform", "data"):
+        raise Usage(f"--baselines {options['baselines']} goes with --baseline uniform or data; {options['baseline']} has one")
+    return Saliency(
+        options["method"], output=options["explain"], steps=options["steps"], samples=options["samples"],
+        sigma=_values.number(options["sigma"], option="--sigma"), baseline=options["baseline"], baselines=options["baselines"],
+        tolerance=options["tolerance"], max_steps=options["max_steps"], seed=options["seed"],
+    )  # fmt: skip
+
+
+def _background(path: str | None, subject: Model, max_document: int, device: torch.device) -> torch.Tensor | None:
+    import torch
+
+    from rbkit.formats.rows import RowChecker
+    from rbkit.tools.train import as_float
+
+    if path is None:
+        return None
+    checker, parts = RowChecker(), []
+    for chunk in _io.chunks(path, max_document=max_document):
+        with blame(Input, FormatError):
+            chunk = checker(chunk)
+        check_input(subject, chunk.arrays["image"].shape[1:], place=chunk.place)
+        parts.append(as_float(to_tensor(chunk.arrays["image"], device)))
+    images = torch.cat(parts)
+    if not len(images):
+        raise Input(f"{path}: no rows; a background needs at least one image")
+    return images
+
+
+def _explain_stream(
+    options: dict[str, Any], spec: Saliency, subject: Model, reference: Any, stream: Any, sink: _io.Sink, entry: dict[str, Any]
+) -> None:
+    from rbkit.formats.rows import RowChecker
+
+    evaluation = subject.evaluation(options["block"])
+    checker = RowChecker(classes=subject.classes)
+    with Progress("rb-saliency", total=None, unit="images", quiet=options["quiet"]) as progress:
+        for chunk in stream:
+            with blame(Input, FormatError):
+                chunk = checker(chunk)
+            check_input(subject, chunk.arrays["image"].shape[1:], place=chunk.place)
+            arrays, explained_of = _explain_chunk(options, spec, evaluation, reference, chunk)
+            sink.write(arrays, _meta(chunk, spec, options, subject, explained_of, entry), last=chunk.last)
+            progress.advance(chunk.count)
+
+
+def _explain_chunk(
+    options: dict[str, Any], spec: Saliency, evaluation: Evaluation, reference: Any, chunk: Chunk
+) -> tuple[dict[str, Any], str]:
+    from rbkit.tools.saliency import explain
+    from rbkit.tools.train import as_float
+
+    device = evaluation.model.mean.device
+    of = options["of"] if options["of"] != "auto" else "adversarial" if "adversarial" in chunk.arrays else "image"
+    if of not in chunk.arrays:
+        raise Input(f"{chunk.place}: no tensor named {of}; try --of image")
+    images = as_float(to_tensor(chunk.arrays[of], device))
+    target = _target(options, evaluation, images, chunk)
+    found = explain(evaluation, images, target, spec, ids=to_tensor(chunk.arrays["id"], device), background=reference)
+    columns = {
+        "attribution": found.attribution, "target": found.target, "completeness_error": found.completeness_error,
+        "output_change": found.output_change, "steps": found.steps, "standard_error": found.standard_error,
+    }  # fmt: skip
+    return {**chunk.arrays, **{k: v.cpu().numpy() for k, v in columns.items() if v is not None}}, of
+
+
+def _target(options: dict[str, Any], evaluation: Evaluation, images: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    """The class explained in each row."""
+    import torch
+
+    logits = evaluation.logits(images)
+    rule = options["target"]
+    if rule == "predicted":
+        return logits.argmax(1)
+    if rule == "label":
+        if "label" not in chunk.arrays:
+            if not options["quiet"] and chunk.first == 0:
+                note("rb-saliency", f"{chunk.place}: no labels; the model's own predictions stand in")
+            return logits.argmax(1)
+        return to_tensor(chunk.arrays["label"], images.device)
+    if int(rule) >= logits.shape[1]:
+        raise Usage(f"--target {rule}: the model has classes 0 to {logits.shape[1] - 1}")
+    return torch.full((len(images),), int(rule), device=images.device)
+
+
+def _meta(
+    chunk: Chunk, spec: Saliency, options: dict[str, Any], subject: Model, explained_of: str, entry: dict[str, Any]
+) -> dict[str, Any]:
+    described = {**asdict(spec), "target": options["target"], "of": explained_of, "model": subject.sha}
+    kept = {key: value for key, value in chunk.meta.items() if key not in ("part", "sha256")}
+    chain = _history.extended(chunk.meta.get("history") or [], entry)
+    return {**kept, "kind": "attributions", "saliency": described, "history": chain}
+
+
+main = program("rb-saliency", saliency)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,394 @@
+"""rb-train: images to a model."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rbkit.cli import _checkpoint, _history, _io, _values
+from rbkit.cli._app import note, program
+from rbkit.cli._compute import load_model, set_up, to_tensor
+from rbkit.cli._errors import Input, Numbers, Output, Stopped, Usage, blame
+from rbkit.cli._options import (
+    DOCUMENT_LIMIT,
+    EPS_HELP,
+    Device,
+    MaxDocument,
+    NoHistory,
+    Norm,
+    Quiet,
+    Seed,
+    Source,
+    Threads,
+)
+from rbkit.cli._options import Output as OutputFile
+from rbkit.cli._progress import Progress
+from rbkit.formats.errors import FormatError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rbkit.tools.models import Classifier
+    from rbkit.tools.train import Data, Recipe, State
+
+METHODS = ("standard", "pgd", "fgsm", "trades")
+SCHEDULES = ("onecycle", "cosine", "constant")
+AUGMENTS = ("crop-flip", "crop", "none")
+SELECTS = ("mean", "clean", "robust", "last")
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+
+
+def train(
+    source: Source = "-",
+    arch: Annotated[
+        str,
+        typer.Option("--arch", metavar="NAME", help="resnet8, resnet18, torchvision:NAME or package.module:factory."),
+    ] = "resnet8",
+    width: Annotated[
+        int | None,
+        typer.Option("--width", metavar="N", min=1, help="Width of resnet8 (16) or resnet18 (64).", show_default=False),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="|".join(METHODS),
+            help="Default pgd where --eps is given, else standard.",
+            show_default=False,
+        ),
+    ] = None,
+    norm: Norm = "l2",
+    eps: Annotated[str, typer.Option("--eps", metavar="X", help=EPS_HELP + " Of the inner attack.")] = "0",
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Gradient steps of the inner attack.")] = 7,
+    step_size: Annotated[
+        str | None,
+        typer.Option(
+            "--step-size",
+            metavar="X",
+            help="Of the inner attack; default 2.5 eps / steps (fgsm: 1.25 eps).",
+            show_default=False,
+        ),
+    ] = None,
+    beta: Annotated[float, typer.Option("--beta", metavar="X", min=0, help="trades: weight of the robust term.")] = 6.0,
+    attack_bn: Annotated[
+        str,
+        typer.Option(
+            "--attack-bn", metavar="eval|train", help="BatchNorm during the inner attack; train is the paper's."
+        ),
+    ] = "eval",
+    epochs: Annotated[
+        int, typer.Option("--epochs", metavar="N", min=0, help="Passes over the data; 0 keeps the fresh weights.")
+    ] = 8,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=2, help="Examples per step.")] = 64,
+    lr: Annotated[float, typer.Option("--lr", metavar="X", min=0, help="Largest learning rate.")] = 0.2,
+    momentum: Annotated[float, typer.Option("--momentum", metavar="X", min=0, max=1, help="Of SGD.")] = 0.9,
+    nesterov: Annotated[bool, typer.Option("--nesterov/--no-nesterov", help="Nesterov's momentum.")] = True,
+    weight_decay: Annotated[
+        float, typer.Option("--weight-decay", metavar="X", min=0, help="L2 penalty on all weights.")
+    ] = 5e-4,
+    schedule: Annotated[
+        str, typer.Option("--schedule", metavar="|".join(SCHEDULES), help="onecycle and cosine end at 0.")
+    ] = "onecycle",
+    warmup: Annotated[
+        float,
+        typer.Option("--warmup", metavar="X", min=0.01, max=0.99, help="onecycle: share of the steps spent rising."),
+    ] = 0.25,
+    augment: Annotated[
+        str, typer.Option("--augment", metavar="|".join(AUGMENTS), help="Random crop with padding 4, and mirroring.")
+    ] = "crop-flip",
+    ema: Annotated[
+        float,
+        typer.Option(
+            "--ema", metavar="X", min=0, max=0.99999, help="Decay of averaged weights, which are then kept; 0: none."
+        ),
+    ] = 0.0,
+    amp: Annotated[bool, typer.Option("--amp", help="bfloat16 autocast in training; never in validation.")] = False,
+    val: Annotated[
+        str,
+        typer.Option("--val", metavar="FILE|X", help="Held-out rows: a stream, or a share of the training rows by id."),
+    ] = "0.1",
+    select: Annotated[
+        str,
+        typer.Option(
+            "--select",
+            metavar="|".join(SELECTS),
+            help="Which epoch -o gets, by validation: mean of clean and robust, ...",
+        ),
+    ] = "mean",
+    init: Annotated[
+        str | None, typer.Option("--init", metavar="MODEL", help="Start from this model's weights.", show_default=False)
+    ] = None,
+    seed: Seed = 0,
+    last: Annotated[
+        str | None,
+        typer.Option("--last", metavar="FILE", help="Where the model of the last epoch goes.", show_default=False),
+    ] = None,
+    log: Annotated[
+        str | None, typer.Option("--log", metavar="FILE", help="JSON lines, one per epoch.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint beside the output, if there is one.")
+    ] = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    max_document: MaxDocument = DOCUMENT_LIMIT,
+    output: OutputFile = "-",
+    quiet: Quiet = False,
+    no_history: NoHistory = False,
+) -> None:
+    """Train a classifier on a labelled image stream: standard, or robust within an L2 or Linf ball.
+
+    -o gets the epoch that is best on held-out rows. A checkpoint, OUTPUT.ckpt, is kept after every epoch; SIGTERM,
+    SIGUSR1, SIGUSR2 and Ctrl-C finish the step and save. The same command with --resume goes on to the same bytes.
+    """
+    options = dict(locals())
+    recipe = _recipe(options)
+    _io.refuse_same_file(source, output)
+    place = set_up(device, threads)
+    data, meta = _read(source, max_document, place)
+    training, held_out = _held_out(options, data, place)
+    options["val"] = val if _is_share(val) else None
+    job = _checkpoint.Job(options, recipe, data, path=None if output == "-" else f"{output}.ckpt")
+    if resume and _finished(output, job):
+        return
+    if output == "-":
+        _io.refuse_terminal()
+    state = _begin(options, recipe, data, meta, place, resume, job)
+    _run(options, state, training, held_out, recipe, job)
+    _write(options, recipe, state, meta, data, job)
+
+
+def _recipe(options: dict[str, Any]) -> Recipe:
+    from rbkit.tools.train import Recipe
+
+    for name, allowed in (
+        ("schedule", SCHEDULES),
+        ("augment", AUGMENTS),
+        ("select", SELECTS),
+        ("norm", ("l2", "linf")),
+    ):
+        _values.choice(options[name], allowed, option=f"--{name}")
+    _values.choice(options["attack_bn"], ("eval", "train"), option="--attack-bn")
+    radius = _values.number(options["eps"], option="--eps")
+    method = options["method"] or ("pgd" if radius else "standard")
+    _values.choice(method, METHODS, option="--method")
+    if (method == "standard") != (radius == 0):
+        raise Usage(
+            f"--method {method} with --eps {options['eps']}: robust methods need a radius, standard training has none"
+        )
+    steps = 1 if method == "fgsm" else options["steps"]
+    default = 1.25 * radius if method == "fgsm" else 2.5 * radius / steps
+    size = default if options["step_size"] is None else _values.number(options["step_size"], option="--step-size")
+    names = Recipe.__dataclass_fields__
+    plain = {name: options[name] for name in names if name in options}
+    return Recipe(**{**plain, "method": method, "eps": radius, "steps": steps if radius else 0, "step_size": size})
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) < 1
+    except ValueError:
+        return False
+
+
+def _read(source: str, max_document: int, device: torch.device) -> tuple[Data, dict[str, Any]]:
+    """A whole labelled stream, in memory on the device, and the metadata of its first document."""
+    import numpy as np
+
+    from rbkit.formats.rows import RowChecker
+    from rbkit.tools.train import Data
+
+    checker, parts, meta = RowChecker(), [], {}
+    for chunk in _io.chunks(source, max_document=max_document):
+        with blame(Input, FormatError):
+            chunk = checker(chunk)
+        if "label" not in chunk.arrays:
+            raise Input(f"{chunk.place}: no labels; training needs them")
+        meta = meta or chunk.meta
+        parts.append({name: chunk.arrays[name] for name in ("image", "label", "id")})
+    joined = {name: np.concatenate([p[name] for p in parts]) for name in ("image", "label", "id")}
+    if not len(joined["id"]):
+        raise Input(f"{source}: no rows to train on")
+    tensors = [to_tensor(joined[name], device) for name in ("image", "label", "id")]
+    return Data(*tensors), meta
+
+
+def _held_out(options: dict[str, Any], data: Data, device: torch.device) -> tuple[Data, Data | None]:
+    """(training rows, held-out rows): a share of the rows by id, or another stream that shares no image with them."""
+    import torch
+
+    from rbkit.tools.sample import in_validation
+
+    if not _is_share(options["val"]):
+        held, _ = _read(options["val"], options["max_document"], device)
+        if held.image.shape[1:] != data.image.shape[1:]:
+            raise Input(f"{options['val']}: images of another size than the training rows")
+        return data, held
+    share = float(options["val"])
+    chosen = torch.from_numpy(in_validation(data.ids.cpu().numpy(), fraction=share, seed=options["seed"])).to(device)
+    if not bool((~chosen).any()):
+        raise Input("no rows are left to train on after --val; try --val 0")
+    return data.rows(~chosen), (data.rows(chosen) if bool(chosen.any()) else None)
+
+
+def _finished(output: str, job: _checkpoint.Job) -> bool:
+    """Whether the output of this very job is already there."""
+    if output == "-" or not Path(output).exists():
+        return False
+    with blame(Input, FormatError, OSError):
+        found = next(iter(_io.reader(output))).meta
+    return found.get("kind") == "model" and found.get("job") == job.digest
+
+
+def _begin(
+    options: dict[str, Any],
+    recipe: Recipe,
+    data: Data,
+    meta: dict[str, Any],
+    device: torch.device,
+    resume: bool,
+    job: _checkpoint.Job,
+) -> State:
+    """A fresh state, one with the weights of --init, or the one of the checkpoint."""
+    from rbkit.tools.train import begin
+
+    classifier = _fresh(options, data, meta, device)
+    if options["init"] is not None:
+        loaded = load_model(options["init"], archs=[options["arch"]], device=device)
+        with blame(Input, RuntimeError, prefix=f"{options['init']}: "):
+            classifier.net.load_state_dict(loaded.classifier.net.state_dict())
+    state = begin(classifier, recipe)
+    if resume and job.restore(state):
+        state.records.append({"event": "resume", "epoch": state.epoch + 1, "step": state.step})
+        if not options["quiet"]:
+            note("rb-train", f"resumed at epoch {state.epoch + 1}, step {state.step}")
+    return state
+
+
+def _fresh(options: dict[str, Any], data: Data, meta: dict[str, Any], device: torch.device) -> Classifier:
+    import torch
+
+    from rbkit.tools import architectures, train
+    from rbkit.tools.models import Classifier
+
+    classes = class_count(data, meta)
+    mean, std = train.statistics(data.image)
+    with train.seeded(options["seed"]), blame(Usage, ValueError):
+        net = architectures.build(
+            options["arch"], num_classes=classes, channels=data.image.shape[1], width=options["width"]
+        )
+    return Classifier(net, mean=mean, std=std).to(device).to(memory_format=torch.channels_last)
+
+
+def class_count(data: Data, meta: dict[str, Any]) -> int:
+    """Number of classes: that of the stream's names, else one more than the largest label."""
+    found = int(data.label.max()) + 1
+    names = meta.get("classes")
+    if names is not None and found > len(names):
+        raise Input(f"label {found - 1} with {len(names)} class names")
+    return len(names) if names is not None else max(found, 2)
+
+
+def _run(
+    options: dict[str, Any], state: State, training: Data, held_out: Data | None, recipe: Recipe, job: _checkpoint.Job
+) -> None:
+    """Train to the end; signals are looked at after each step, checkpoints written after each epoch."""
+    from rbkit.tools.train import NumericError, fit, steps_per_epoch
+
+    caught: list[int] = []
+    for signum in STOPPING:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, lambda number, _: _catch(caught, number))
+    total = steps_per_epoch(training, recipe) * recipe.epochs
+
+    def tick(step: int) -> None:
+        progress.advance()
+        if caught:
+            _stop(caught[0], state, job)
+
+    with (
+        Progress("rb-train", total=total, unit="steps", quiet=options["quiet"]) as progress,
+        blame(Numbers, NumericError),
+    ):
+        progress.advance(state.step)
+        for record in fit(state, training, held_out, recipe, tick=tick):
+            progress.advance(0, note=_summary(record))
+            job.save(state)
+            if options["log"] is not None:
+                _write_log(options["log"], state)
+
+
+def _catch(caught: list[int], number: int) -> None:
+    if caught and number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    caught.append(number)
+    if number == signal.SIGINT:
+        note("rb-train", "stopping after this step; Ctrl-C again to quit now")
+
+
+def _stop(number: int, state: State, job: _checkpoint.Job) -> None:
+    saved = job.save(state)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    what = (
+        f"saved at step {state.step}; run the same command with --resume"
+        if saved
+        else "standard output keeps no checkpoint"
+    )
+    raise Stopped(f"stopped by {signal.Signals(number).name}: {what}")
+
+
+def _summary(record: dict[str, Any]) -> str:
+    names = {"train_loss": "loss", "val_accuracy": "val", "val_robust_accuracy": "robust"}
+    return " ".join(f"{short} {record[name]:.3f}" for name, short in names.items() if name in record)
+
+
+def _write_log(path: str, state: State) -> None:
+    from rbkit.formats.document import canonical
+
+    _io.write_file(path, "".join(canonical(record) + "\n" for record in state.records).encode())
+
+
+def _write(
+    options: dict[str, Any], recipe: Recipe, state: State, meta: dict[str, Any], data: Data, job: _checkpoint.Job
+) -> None:
+    """The kept models, then the checkpoint goes."""
+    entry = _history.entry(
+        "rb-train", {**options, "method": recipe.method, "steps": recipe.steps, "step_size": recipe.step_size}
+    )
+    if options["init"] is not None:
+        from rbkit.cli._compute import side_digest
+
+        entry = {**entry, "inputs": {"init": side_digest(options["init"])}}
+    net = state.subject.net
+    best = state.best_weights if state.best_weights and recipe.select != "last" else state.weights()
+    described: dict[str, Any] = {
+        "kind": "model", "arch": options["arch"], "width": options["width"], "num_classes": class_count(data, meta),
+        "classes": meta.get("classes"), "input": list(data.image.shape[1:]), "first": 0,
+        "mean": state.classifier.mean.flatten().tolist(), "std": state.classifier.std.flatten().tolist(),
+        "recipe": asdict(recipe), "job": job.digest, "epochs": [r for r in state.records if r["event"] == "epoch"],
+        "history": _history.extended(meta.get("history") or [], entry),
+    }  # fmt: skip
+    outputs = [(options["output"], best, state.best_epoch)]
+    if options["last"] is not None:
+        outputs.append((options["last"], net.state_dict(), state.epoch))
+    for path, weights, epoch in reversed(outputs):
+        with _io.Sink(path, no_history=options["no_history"]) as sink:
+            arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in weights.items()}
+            sink.write(arrays, {**described, "epoch": epoch}, last=True)
+    if options["log"] is not None:
+        _write_log(options["log"], state)
+    with blame(Output, OSError):
+        job.remove()
+
+
+main = program("rb-train", train)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""The one ascent loop: step, project, keep the best iterate of each example, evaluate the last.
+
+Attacks, inversions, class images and the inner problem of adversarial training are this loop with other objectives.
+Examples live in the slots of a block of fixed size; a finished example leaves its slot to the next one, so that a
+full block is computed as long as there is work. A row's numbers depend neither on its slot nor on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rbkit.tools.norms import Norm
+
+Context = Mapping[str, Tensor]
+Start = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Objective(Protocol):
+    """What is maximised: (value (B,), reached bool (B,)) at images (B, C, H, W) in `context` (one row per slot)."""
+
+    def __call__(self, images: Tensor, context: Context) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to climb.
+
+    norm, eps, step_size: the ball and the length of a step, in [0, 1] pixel units. steps: gradients per restart.
+    start(ids, clean, restart): first iterate, None for the clean image. stop: leave as soon as the goal is reached.
+    keep: `best` iterate (reached before value) or the `last`. box: clip to [0, 1].
+    """
+
+    norm: Norm
+    eps: float
+    step_size: float
+    steps: int
+    restarts: int = 1
+    start: Start | None = None
+    stop: bool = False
+    keep: str = "best"
+    box: bool = True
+
+
+@dataclass
+class Batch:
+    """Rows to climb from: ids int64 (N,), clean (N, C, H, W), context per row; rows in `skip` are returned as they are."""
+
+    ids: Tensor
+    clean: Tensor
+    context: dict[str, Tensor]
+    skip: Tensor | None = None
+    tag: object = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class Outcome:
+    """Per row: the kept iterate, its value, whether it reached the goal, forward and backward passes, zero gradients."""
+
+    images: Tensor
+    value: Tensor
+    reached: Tensor
+    forwards: Tensor
+    backwards: Tensor
+    zero_gradients: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> Outcome:
+        """What stands before any climbing: the clean rows."""
+        n, device = len(batch), batch.clean.device
+        counts = [torch.zeros(n, dtype=torch.int64, device=device) for _ in range(3)]
+        value = torch.full((n,), float("-inf"), device=device)
+        return cls(batch.clean.clone(), value, torch.zeros(n, dtype=torch.bool, device=device), *counts)
+
+
+PER_SLOT = ("images", "value", "reached", "forwards", "backwards", "zero_gradients")
+
+
+def climb(images: Tensor, gradient: Tensor, clean: Tensor, plan: Plan) -> Tensor:
+    """One step of steepest ascent from `images`, projected onto the ball around `clean` and into the box."""
+    delta = images + plan.step_size * plan.norm.step(gradient) - clean
+    moved = clean + plan.norm.project(delta, plan.eps)
+    return moved.clamp_(0, 1) if plan.box else moved
+
+
+class Slots:
+    """A block of `block` slots, each climbing for one example."""
+
+    def __init__(self, objective: Objective, plan: Plan, like: Batch, *, block: int) -> None:
+        device = like.clean.device
+        self.objective, self.plan, self.block = objective, plan, block
+        # Idle slots hold a real row, so that padding is ordinary arithmetic.
+        self.ids = like.ids[:1].repeat(block)
+        self.clean = like.clean[:1].repeat(block, 1, 1, 1)
+        self.now = self.clean.clone()
+        self.context = {k: v[:1].repeat(block, *[1] * (v.dim() - 1)) for k, v in like.context.items()}
+        self.best = Outcome.of(Batch(self.ids, self.clean, {}))
+        self.step = torch.zeros(block, dtype=torch.int64, device=device)
+        self.restart = torch.zeros(block, dtype=torch.int64, device=device)
+        self.active = torch.zeros(block, dtype=torch.bool, device=device)
+
+    def load(self, slots: Tensor, batch: Batch, rows: Tensor) -> None:
+        """Put `rows` of `batch` into `slots`."""
+        self.ids[slots], self.clean[slots] = batch.ids[rows], batch.clean[rows]
+        for key, values in batch.context.items():
+            self.context[key][slots] = values[rows]
+        fresh = Outcome.of(Batch(self.ids[slots], self.clean[slots], {}))
+        for name in PER_SLOT:
+            getattr(self.best, name)[slots] = getattr(fresh, name)
+        self.step[slots], self.restart[slots], self.active[slots] = 0, 0, True
+        self._begin(slots)
+
+    def _begin(self, slots: Tensor) -> None:
+        clean = self.clean[slots]
+        start = self.plan.start
+        self.now[slots] = clean if start is None else start(self.ids[slots], clean, self.restart[slots])
+
+    def advance(self) -> Tensor:
+        """Evaluate every slot, keep what is better, step; returns the slots that are done (int64 indices)."""
+        plan = self.plan
+        climbing = self.active & (self.step < plan.steps)
+        value, reached, gradient = self._evaluate(climbing)
+        self._keep(value, reached)
+        ended = self.active & (self.step >= plan.steps)
+        done = ended & (self.restart + 1 >= plan.restarts)
+        if plan.stop:
+            done = done | (self.active & reached)
+        if gradient is not None:
+            self._move(climbing & ~done, gradient)
+        again = ended & ~done
+        if bool(again.any()):
+            self._restart(again)
+        self.active = self.active & ~done
+        return done.nonzero()[:, 0]
+
+    def _evaluate(self, climbing: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        needed = bool(climbing.any())
+        images = self.now.detach().requires_grad_(needed)
+        with torch.set_grad_enabled(needed):
+            value, reached = self.objective(images, self.context)
+            gradient = torch.autograd.grad(value.sum(), images)[0] if needed else None
+        self.best.forwards += self.active
+        self.best.backwards += climbing
+        if gradient is not None:
+            self.best.zero_gradients += climbing & (gradient.flatten(1).abs().amax(1) == 0)
+        return value.detach(), reached, gradient
+
+    def _keep(self, value: Tensor, reached: Tensor) -> None:
+        best = self.best
+        if self.plan.keep == "last":
+            better = self.active.clone()
+        else:
+            higher = (value > best.value) & (reached == best.reached)
+            better = self.active & ((reached & ~best.reached) | higher)
+        best.value = torch.where(better, value, best.value)
+        best.reached = torch.where(better, reached, best.reached)
+        best.images = torch.where(better[:, None, None, None], self.now, best.images)
+
+    def _move(self, moving: Tensor, gradient: Tensor) -> None:
+        moved = climb(self.now, gradient, self.clean, self.plan)
+        self.now = torch.where(moving[:, None, None, None], moved, self.now)
+        self.step = self.step + moving
+
+    def _restart(self, again: Tensor) -> None:
+        slots = again.nonzero()[:, 0]
+        self.step[slots] = 0
+        self.restart[slots] += 1
+        self._begin(slots)
+
+
+@dataclass
+class _Entry:
+    """A batch on its way: which rows still wait for a slot and how many are not done."""
+
+    batch: Batch
+    outcome: Outcome
+    waiting: deque[int] = field(default_factory=deque)
+    left: int = 0
+
+
+Poll = Callable[[bool], Batch | None]
+
+
+def polling(batches: Iterable[Batch]) -> Poll:
+    """A source that is always ready: `poll(wait)` gives the next batch, or raises StopIteration."""
+    iterator = iter(batches)
+    return lambda wait: next(iterator)
+
+
+class _Flow:
+    """Rows from batches to slots and back, in order."""
+
+    def __init__(self, poll: Poll) -> None:
+        self.poll = poll
+        self.entries: deque[_Entry] = deque()
+        self.ended = False
+        self.owner: dict[int, tuple[_Entry, int]] = {}
+        self.slots: Slots | None = None
+
+    def ask(self, wait: bool) -> bool:
+        """Take in one more batch; False when none is ready."""
+        if self.ended:
+            return False
+        try:
+            batch = self.poll(wait)
+        except StopIteration:
+            self.ended = True
+            return False
+        if batch is None:
+            return False
+        skip = torch.zeros(len(batch), dtype=torch.bool) if batch.skip is None else batch.skip.cpu()
+        waiting = deque((~skip).nonzero()[:, 0].tolist())
+        self.entries.append(_Entry(batch, Outcome.of(batch), waiting, len(waiting)))
+        return True
+
+    def fill(self, slots: Slots) -> None:
+        """Give free slots to waiting rows; another batch is taken in only if it is ready."""
+        free = [s for s in range(slots.block) if s not in self.owner]
+        while free:
+            entry = next((e for e in self.entries if e.waiting), None)
+            if entry is None:
+                if self.ask(False):
+                    continue
+                return
+            count = min(len(free), len(entry.waiting))
+            taken, free = free[:count], free[count:]
+            rows = [entry.waiting.popleft() for _ in taken]
+            device = slots.ids.device
+            slots.load(torch.tensor(taken, device=device), entry.batch, torch.tensor(rows, device=device))
+            self.owner.update({slot: (entry, row) for slot, row in zip(taken, rows, strict=True)})
+
+    def collect(self, slots: Slots, done: Tensor) -> None:
+        """Copy the results of finished slots to their rows."""
+        for slot in done.tolist():
+            entry, row = self.owner.pop(slot)
+            for name in PER_SLOT:
+                getattr(entry.outcome, name)[row] = getattr(slots.best, name)[slot]
+            entry.left -= 1
+
+    def finished(self) -> Iterator[tuple[Batch, Outcome]]:
+        while self.entries and not self.entries[0].left:
+            entry = self.entries.popleft()
+            yield entry.batch, entry.outcome
+
+
+def flow(objective: Objective, plan: Plan, poll: Poll, *, block: int) -> Iterator[tuple[Batch, Outcome]]:
+    """Climb from every row of the batches of `poll`; batches leave in the order in which they came.
+
+    Slots are refilled across batches that are ready (`poll(False)`); nothing waits for input while rows can climb.
+    """
+    state = _Flow(poll)
+    while True:
+        yield from state.finished()
+        if not state.entries and not state.ask(True):
+            return
+        if not state.entries[0].left:
+            continue
+        if state.slots is None:
+            state.slots = Slots(objective, plan, state.entries[0].batch, block=block)
+        state.fill(state.slots)
+        state.collect(state.slots, state.slots.advance())
+
+
+def ascend(objective: Objective, plan: Plan, batch: Batch, *, block: int) -> Outcome:
+    """Climb from every row of one batch."""
+    return next(flow(objective, plan, polling([batch]), block=block))[1]
+
+
+def drive(objective: Objective, plan: Plan, batch: Batch) -> Tensor:
+    """The iterate after the last step, unjudged, for all rows at once: the inner problem of adversarial training."""
+    zero = torch.zeros(len(batch), dtype=torch.int64, device=batch.clean.device)
+    now = batch.clean if plan.start is None else plan.start(batch.ids, batch.clean, zero)
+    for _ in range(plan.steps):
+        images = now.detach().requires_grad_()
+        value, _ = objective(images, batch.context)
+        now = climb(images.detach(), torch.autograd.grad(value.sum(), images)[0], batch.clean, plan)
+    return now

@@ -1,0 +1,253 @@
+"""A classifier and its one evaluation form: normalisation inside, BatchNorm folded, channels-last, frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+BLOCK = 64
+
+
+class Classifier(nn.Module):
+    """A network behind its normalisation: images in [0, 1] to logits.
+
+    Shapes: images (N, C, H, W), mean and std of 1 or C values; logits (N, K).
+    """
+
+    def __init__(self, net: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32)[:, None, None])
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net((images - self.mean) / self.std)
+
+
+def _single_pairs(net: nn.Module) -> list[tuple[str, str]]:
+    """(convolution, BatchNorm) names where the norm is the only user of the convolution and both run once.
+
+    A network whose code cannot be traced has no pairs and runs unfolded.
+    """
+    try:
+        graph = fx.Tracer().trace(net)
+    except Exception:  # the code of the network is anybody's: tracing may raise anything
+        return []
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    counts: dict[str, int] = {}
+    for node in calls:
+        counts[str(node.target)] = counts.get(str(node.target), 0) + 1
+    touched = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    pairs = []
+    for node in calls:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+            continue
+        names = (str(source.target), str(node.target))
+        conv, norm = net.get_submodule(names[0]), net.get_submodule(names[1])
+        plain = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats
+        if plain and counts[names[0]] == counts[names[1]] == 1 and not touched & set(names):
+            pairs.append(names)
+    return pairs
+
+
+class Evaluation(nn.Module):
+    """The form in which every tool runs a classifier; rows are computed in padded blocks of a fixed size.
+
+    A copy: the classifier itself, buffers included, is never touched. `refresh` takes in the classifier's current
+    weights (as training needs after each step). Raises ValueError for a block that is no positive multiple of 32.
+    """
+
+    def __init__(self, classifier: Classifier, *, block: int = BLOCK) -> None:
+        super().__init__()
+        if block <= 0 or block % 32:
+            raise ValueError(f"block {block}: expected a positive multiple of 32")
+        self.block = block
+        self.model = copy.deepcopy(classifier).eval().requires_grad_(False)
+        self.pairs = _single_pairs(self.model.net)
+        for conv_name, norm_name in self.pairs:
+            conv = self.model.net.get_submodule(conv_name)
+            if conv.bias is None:
+                conv.bias = nn.Parameter(torch.zeros(conv.out_channels, device=conv.weight.device), requires_grad=False)
+            _replace(self.model.net, norm_name, nn.Identity())
+        self.refresh(classifier)
+        self.model.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def refresh(self, classifier: Classifier) -> None:
+        """Copy the weights of `classifier`, folding each BatchNorm into its convolution."""
+        source = dict(classifier.named_parameters()) | dict(classifier.named_buffers())
+        folded = {f"net.{name}" for pair in self.pairs for name in pair}
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if name.rpartition(".")[0] not in folded:
+                tensor.copy_(source[name])
+        for conv_name, norm_name in self.pairs:
+            conv, norm = classifier.net.get_submodule(conv_name), classifier.net.get_submodule(norm_name)
+            weight, bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            target = self.model.net.get_submodule(conv_name)
+            target.weight.copy_(weight)
+            target.bias.copy_(bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, C, H, W) as they come, without blocks: the caller pads."""
+        return self.model(images.contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits (N, K) in padded blocks, without gradients."""
+        return torch.cat([self(part)[:count] for part, count in self.blocks(images)])
+
+    def blocks(self, images: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Padded blocks and how many of their rows are real; at least one block, also of no rows."""
+        return padded(images, self.block)
+
+    def features(self, images: Tensor, *, layer: str | None = None) -> Tensor:
+        """Activations of one padded block: the input of the head, or the output of the module named `layer`."""
+        found: list[Tensor] = []
+        if layer is None:
+            head = self.model.net.get_submodule(head_name(self.model.net))
+            handle = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        else:
+            handle = self.layer(layer).register_forward_hook(lambda _, __, output: found.append(output))
+        try:
+            self(images)
+        finally:
+            handle.remove()
+        return found[-1]
+
+    def layer(self, name: str) -> nn.Module:
+        """A module by name. Raises: ValueError listing names that exist."""
+        try:
+            return self.model.net.get_submodule(name)
+        except AttributeError:
+            names = [n for n, _ in self.model.net.named_modules() if n and "." not in n]
+            raise ValueError(f"no layer {name!r}; the network has {', '.join(names)}") from None
+
+
+def padded(images: Tensor, block: int) -> Iterator[tuple[Tensor, int]]:
+    """Blocks of exactly `block` rows, the last filled up with its first row, and the number of real rows."""
+    for start in range(0, max(len(images), 1), block):
+        part = images[start : start + block]
+        count = len(part)
+        if count < block:
+            fill = part[:1] if count else images.new_zeros(1, *images.shape[1:])
+            part = torch.cat([part, fill.expand(block - count, *images.shape[1:])])
+        yield part, count
+
+
+def in_blocks(function: Callable[..., Tensor], *tensors: Tensor, block: int) -> Tensor:
+    """`function` over padded blocks of tensors that share their first dimension; its rows are joined again."""
+    parts = [padded(t, block) for t in tensors]
+    return torch.cat([function(*(p for p, _ in row))[: row[0][1]] for row in zip(*parts, strict=True)])
+
+
+def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(net.get_submodule(parent), child, module)
+
+
+def head_name(net: nn.Module) -> str:
+    """Name of the classification head: the last linear layer. Raises: ValueError when there is none."""
+    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise ValueError("the network has no linear head, so its features cannot be told; try --layer NAME")
+    return names[-1]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """ReLU forward, identity backward (FakeReLU of Engstrom et al. 2019, arXiv 1906.00945)."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clamp_min(0)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class FakeReLU(nn.Module):
+    """Lets the gradient through at the last of `calls` uses per forward pass; forward values are those of ReLU."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.calls, self.used = calls, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.used = self.used % self.calls + 1
+        return _StraightThrough.apply(x) if self.used == self.calls else x.clamp_min(0)
+
+
+def fake_last_relu(evaluation: Evaluation, images: Tensor) -> Evaluation:
+    """A copy whose last ReLU lets gradients through; `images` (one block) show which ReLU runs last.
+
+    Raises: ValueError for a network without ReLU modules.
+    """
+    changed = copy.deepcopy(evaluation)
+    order: list[str] = []
+    relus = [(name, m) for name, m in changed.model.net.named_modules() if isinstance(m, nn.ReLU)]
+    handles = [m.register_forward_hook(lambda *_, name=name: order.append(name)) for name, m in relus]
+    with torch.no_grad():
+        changed(images)
+    for handle in handles:
+        handle.remove()
+    if not order:
+        raise ValueError("the network has no ReLU modules; try without --fake-relu")
+    _replace(changed.model.net, order[-1], FakeReLU(order.count(order[-1])))
+    return changed
+
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "ema", "model_ema", "state_dict_ema")
+PREFIXES = ("module.", "model.", "net.", "_orig_mod.", "backbone.")
+
+
+def _unwrap(saved: object) -> dict[str, Tensor]:
+    """The dictionary of tensors inside what people save."""
+    for _ in range(3):
+        if isinstance(saved, dict) and saved and all(isinstance(v, Tensor) for v in saved.values()):
+            return dict(saved)
+        inner = next((saved[k] for k in WRAPPERS if isinstance(saved, dict) and isinstance(saved.get(k), dict)), None)
+        if inner is None:
+            break
+        saved = inner
+    if isinstance(saved, dict) and saved and all(isinstance(k, str) for k in saved):
+        tensors = {k: v for k, v in saved.items() if isinstance(v, Tensor)}
+        if tensors:
+            return tensors
+    raise ValueError("no state dict found; expected a dictionary of tensors, or one under state_dict, model or ema")
+
+
+def strip_wrapping(saved: object, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `saved` under the keys and dtypes of `expected`: wrappers opened, prefixes removed.
+
+    Raises: ValueError listing missing and unexpected keys, or the first shape that differs.
+    """
+    state = _unwrap(saved)
+    while state and not set(state) & set(expected):
+        prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    counters = {key for key in expected if key.endswith("num_batches_tracked")}
+    missing, unexpected = sorted(set(expected) - set(state) - counters), sorted(set(state) - set(expected))
+    if missing or unexpected:
+        parts = [
+            f"{len(k)} {w} keys ({', '.join(k[:4])}{', …' if len(k) > 4 else ''})"
+            for k, w in ((missing, "missing"), (unexpected, "unexpected"))
+            if k
+        ]
+        raise ValueError("the weights do not fit the architecture: " + "; ".join(parts))
+    for key, tensor in expected.items():
+        if key in state and state[key].shape != tensor.shape:
+            raise ValueError(
+                f"{key} has shape {list(state[key].shape)}, the architecture has {list(tensor.shape)}; are --classes and --input right?"
+            )
+    return {
+        key: state.get(key, tensor).detach().to(tensor.dtype).contiguous().clone() for key, tensor in expected.items()
+    }

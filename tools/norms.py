@@ -1,0 +1,82 @@
+"""A norm is three small functions: a unit step of steepest ascent, a projection onto the ball, a random start.
+
+Shapes: deltas and gradients (N, C, H, W); eps a number or (N,). All are per example and keep dtype and device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rbkit.tools import random
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The geometry of an attack: `step(gradient)` has norm 1, `project(delta, eps)` lies in the ball of radius eps,
+    `start(ids, shape, eps, ...)` is uniform in it, `size(delta)` is the norm per example."""
+
+    name: str
+    step: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor, float], Tensor]
+    start: Callable[..., Tensor]
+    size: Callable[[Tensor], Tensor]
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(N,) as (N, 1, 1, 1)."""
+    return values[:, None, None, None]
+
+
+def l2_size(delta: Tensor) -> Tensor:
+    """Euclidean norm per example, (N,)."""
+    return delta.flatten(1).norm(dim=1)
+
+
+def l2_step(gradient: Tensor) -> Tensor:
+    """The gradient with norm 1; a zero gradient stays zero.
+
+    Scaled by its largest entry first, so that the direction survives gradients too small to square.
+    """
+    largest = gradient.abs().amax(dim=(1, 2, 3))
+    scaled = gradient / _rows(torch.where(largest > 0, largest, torch.ones_like(largest)))
+    size = l2_size(scaled)
+    return scaled / _rows(torch.where(size > 0, size, torch.ones_like(size)))
+
+
+def l2_project(delta: Tensor, eps: float) -> Tensor:
+    """Delta scaled back to the ball where it lies outside."""
+    size = l2_size(delta)
+    # One part in 10 million inside, so that rounding of image + delta cannot leave the ball.
+    return delta * _rows(torch.clamp(eps * (1 - 1e-7) / size.clamp_min(1e-30), max=1.0))
+
+
+def l2_start(ids: Tensor, shape: tuple[int, ...], eps: float, *, seed: int, draw: int | Tensor = 0) -> Tensor:
+    """Uniform in the ball: a uniform direction, radius eps u**(1/d)."""
+    direction = l2_step(random.normal(ids, shape, seed=seed, purpose="start l2", draw=draw))
+    u = random.uniform(ids, (1,), seed=seed, purpose="start radius", draw=draw)[:, 0]
+    return direction * _rows(eps * u ** (1.0 / math.prod(shape)))
+
+
+def linf_size(delta: Tensor) -> Tensor:
+    """Largest absolute entry per example, (N,)."""
+    return delta.flatten(1).abs().amax(dim=1)
+
+
+def linf_project(delta: Tensor, eps: float) -> Tensor:
+    """Delta clipped to [-eps, eps]."""
+    return delta.clamp(-eps, eps)
+
+
+def linf_start(ids: Tensor, shape: tuple[int, ...], eps: float, *, seed: int, draw: int | Tensor = 0) -> Tensor:
+    """Uniform in [-eps, eps] per coordinate."""
+    return (2 * random.uniform(ids, shape, seed=seed, purpose="start linf", draw=draw) - 1) * eps
+
+
+L2 = Norm("l2", l2_step, l2_project, l2_start, l2_size)
+LINF = Norm("linf", torch.sign, linf_project, linf_start, linf_size)
+NORMS = {norm.name: norm for norm in (L2, LINF)}

@@ -1,0 +1,59 @@
+"""Random tensors keyed by (seed, purpose, example id, draw): the same in any order, batch, shard or device.
+
+Uniform numbers are bit-equal everywhere; normal ones agree to 1e-6 (they pass through log and cos in float64).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rbkit.tools.philox import MASK, key_of, philox
+
+
+def words(ids: Tensor, count: int, *, seed: int, purpose: str, draw: int | Tensor = 0) -> Tensor:
+    """32-bit words as int64 (N, count): row i is a function of (seed, purpose, ids[i], draw).
+
+    Shapes: ids (N,) int64; draw an int below 2**32 or (N,) int64.
+    """
+    blocks = -(-count // 4)
+    position = torch.arange(blocks, device=ids.device)[None, :]
+    number = torch.as_tensor(draw, device=ids.device, dtype=torch.int64).expand(len(ids))[:, None]
+    low, high = (ids & MASK)[:, None], ((ids >> 32) & MASK)[:, None]
+    shape = (len(ids), blocks)
+    counter = (position.expand(shape), number.expand(shape), low.expand(shape), high.expand(shape))
+    out = philox(counter, key_of(seed, purpose))
+    return torch.stack(out, dim=2).reshape(len(ids), 4 * blocks)[:, :count]
+
+
+def uniform(ids: Tensor, shape: Sequence[int], *, seed: int, purpose: str, draw: int | Tensor = 0) -> Tensor:
+    """Uniform numbers in [0, 1) with 24 bits, float32 (N, *shape)."""
+    bits = words(ids, math.prod(shape), seed=seed, purpose=purpose, draw=draw)
+    return ((bits >> 8).to(torch.float32) * 2.0**-24).reshape(len(ids), *shape)
+
+
+def normal(ids: Tensor, shape: Sequence[int], *, seed: int, purpose: str, draw: int | Tensor = 0) -> Tensor:
+    """Standard normal numbers, float32 (N, *shape), by Box and Muller (1958) on two words each."""
+    count = math.prod(shape)
+    pairs = -(-count // 2)
+    bits = words(ids, 2 * pairs, seed=seed, purpose=purpose, draw=draw).to(torch.float64)
+    radius = torch.sqrt(-2.0 * torch.log((bits[:, :pairs] + 0.5) * 2.0**-32))
+    angle = bits[:, pairs:] * (2.0 * math.pi * 2.0**-32)
+    both = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
+    return both[:, :count].to(torch.float32).reshape(len(ids), *shape)
+
+
+def integers(ids: Tensor, high: int, *, seed: int, purpose: str, draw: int | Tensor = 0) -> Tensor:
+    """One integer in [0, high) per id, int64 (N,); `high` up to 2**20, where the bias is below 2**-12."""
+    bits = words(ids, 1, seed=seed, purpose=purpose, draw=draw)[:, 0]
+    return (bits * high) >> 32
+
+
+def permutation(count: int, *, seed: int, purpose: str, draw: int = 0) -> Tensor:
+    """A permutation of range(count) as a function of (seed, purpose, draw)."""
+    ids = torch.arange(count)
+    bits = words(ids, 2, seed=seed, purpose=purpose, draw=draw)
+    return torch.argsort((bits[:, 0] << 31) | (bits[:, 1] >> 1), stable=True)

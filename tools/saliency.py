@@ -1,0 +1,288 @@
+"""Attributions: gradient, input x gradient, integrated gradients, SmoothGrad and expected gradients (SHAP).
+
+Every method is a mean, over path points or samples, of gradients of a scalar output; (image, point) pairs of many
+images stream through padded blocks, so that memory is flat in the number of steps and blocks are always full.
+Attributions are unreduced and signed, (N, C, H, W), in pixel space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rbkit.tools import random
+from rbkit.tools.models import Evaluation
+
+OUTPUTS = ("logit", "probability", "log-probability")
+BASELINES = ("black", "white", "mean", "blur", "uniform", "data")
+BLUR_SIGMA = 4.0  # pixels
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """Parameters of an attribution, as recorded.
+
+    output: what is explained, of the `target` class. steps: points of a path; samples: noise draws or background
+    images. sigma: SmoothGrad's noise, in [0, 1] pixels. baseline: a key of BASELINES; `baselines` uniform draws are
+    averaged. tolerance: refine steps until the completeness error is below it times the change of output.
+    """
+
+    method: str
+    output: str = "logit"
+    steps: int = 50
+    samples: int = 50
+    sigma: float = 0.1
+    baseline: str = "black"
+    baselines: int = 1
+    tolerance: float | None = None
+    max_steps: int = 1600
+    seed: int = 0
+
+
+@dataclass
+class Explained:
+    """Attribution (N, C, H, W); per row the target, completeness error |sum - (F(x) - F(baseline))|, steps used and,
+    for shap, the standard error of the attribution's sum (None where a method has no such thing)."""
+
+    attribution: Tensor
+    target: Tensor
+    completeness_error: Tensor | None = None
+    output_change: Tensor | None = None
+    steps: Tensor | None = None
+    standard_error: Tensor | None = None
+
+
+def output_of(logits: Tensor, target: Tensor, output: str) -> Tensor:
+    """The explained scalar per row, (N,)."""
+    if output == "probability":
+        logits = F.softmax(logits, dim=1)
+    elif output == "log-probability":
+        logits = F.log_softmax(logits, dim=1)
+    return logits.gather(1, target[:, None])[:, 0]
+
+
+def values(evaluation: Evaluation, images: Tensor, target: Tensor, output: str) -> Tensor:
+    """The explained output of images (N, C, H, W), float64 (N,)."""
+    return output_of(evaluation.logits(images), target, output).double()
+
+
+def gradients(evaluation: Evaluation, images: Tensor, target: Tensor, output: str) -> Tensor:
+    """Gradient of the output of one padded block with respect to its images."""
+    images = images.detach().requires_grad_()
+    with torch.enable_grad():
+        total = output_of(evaluation(images), target, output).sum()
+    return torch.autograd.grad(total, images)[0]
+
+
+Point = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def accumulated(
+    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, points: int, point: Point
+) -> tuple[Tensor, Tensor]:
+    """Sum over `points` of factor x gradient for each image, in blocks of (image, point) pairs.
+
+    point(rows, numbers) gives the images at which to differentiate (B, C, H, W) and the factors that broadcast to
+    them. Returns the sum (N, C, H, W) and the sum of squares of the pairs' totals, float64 (N,). Pairs are added one
+    by one in the order of their numbers, so that the result does not depend on where blocks begin.
+    """
+    block = evaluation.block
+    total = torch.zeros_like(images)
+    square = torch.zeros(len(images), dtype=torch.float64, device=images.device)
+    pairs = len(images) * points
+    for start in range(0, pairs, block):
+        index = torch.arange(start, start + block, device=images.device).clamp_max(pairs - 1)
+        rows, numbers = index // points, index % points
+        at, factor = point(rows, numbers)
+        found = (factor * gradients(evaluation, at, target[rows], spec.output))[: pairs - start]
+        total.index_add_(0, rows[: pairs - start], found)
+        square.index_add_(0, rows[: pairs - start], found.flatten(1).double().sum(1) ** 2)
+    return total, square
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
+def gradient(evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, **_: Tensor) -> Explained:
+    """The gradient of the output (Simonyan et al. 2014)."""
+    one = torch.ones((), device=images.device)
+    total, _ = accumulated(evaluation, images, target, spec, points=1, point=lambda rows, _: (images[rows], one))
+    return Explained(total, target)
+
+
+def input_x_gradient(evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, **_: Tensor) -> Explained:
+    """Image times gradient (Shrikumar et al. 2016); its completeness error is that of a path from black."""
+    explained = gradient(evaluation, images, target, spec)
+    explained.attribution = explained.attribution * images
+    black = torch.zeros_like(images)
+    change = values(evaluation, images, target, spec.output) - values(evaluation, black, target, spec.output)
+    explained.output_change = change
+    explained.completeness_error = (explained.attribution.flatten(1).double().sum(1) - change).abs()
+    return explained
+
+
+def smoothgrad(evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, ids: Tensor, **_: Tensor) -> Explained:
+    """Mean gradient under Gaussian noise of `sigma` (Smilkov et al. 2017); noise is keyed by (seed, id, draw)."""
+    shape = tuple(images.shape[1:])
+    share = torch.tensor(1.0 / spec.samples, device=images.device)
+
+    def point(rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        noise = random.normal(ids[rows], shape, seed=spec.seed, purpose="smoothgrad", draw=numbers)
+        return images[rows] + spec.sigma * noise, share
+
+    total, _ = accumulated(evaluation, images, target, spec, points=spec.samples, point=point)
+    return Explained(total, target)
+
+
+def blurred(images: Tensor, sigma: float = BLUR_SIGMA) -> Tensor:
+    """Gaussian blur per channel with reflected borders (the kernel is cut at the image's own size)."""
+    for axis in (2, 3):
+        radius = min(int(3 * sigma + 0.5), images.shape[axis] - 1)
+        offset = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
+        kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
+        kernel = (kernel / kernel.sum()).view(1, 1, -1, 1) if axis == 2 else (kernel / kernel.sum()).view(1, 1, 1, -1)
+        pad = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
+        flat = F.pad(images.flatten(0, 1)[:, None], pad, mode="reflect")
+        images = F.conv2d(flat, kernel).reshape(images.shape)
+    return images.clamp(0, 1)
+
+
+def baseline_of(
+    spec: Saliency, images: Tensor, *, ids: Tensor, draw: int, mean: Tensor, background: Tensor | None
+) -> Tensor:
+    """The start of the path for each image, in pixel space (N, C, H, W).
+
+    black, white, mean (the model's mean colour), blur (sigma 4 pixels), uniform noise, or data: a background image
+    per id. Raises: ValueError for `data` without background.
+    """
+    if spec.baseline == "white":
+        return torch.ones_like(images)
+    if spec.baseline == "mean":
+        return mean.clamp(0, 1).expand_as(images).clone()
+    if spec.baseline == "blur":
+        return blurred(images)
+    if spec.baseline == "uniform":
+        return random.uniform(ids, tuple(images.shape[1:]), seed=spec.seed, purpose="baseline", draw=draw)
+    if spec.baseline == "data":
+        if background is None:
+            raise ValueError("baseline data needs background images; try --background FILE")
+        return background[random.integers(ids, len(background), seed=spec.seed, purpose="baseline", draw=draw)]
+    return torch.zeros_like(images)
+
+
+def _path_sum(
+    evaluation: Evaluation, images: Tensor, base: Tensor, target: Tensor, spec: Saliency, alphas: Tensor, weights: Tensor
+) -> Tensor:
+    """Sum of weight x gradient along the straight path from `base`, times the whole step."""
+
+    def point(rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.lerp(base[rows], images[rows], _rows(alphas[numbers])), _rows(weights[numbers])
+
+    total, _ = accumulated(evaluation, images, target, spec, points=len(alphas), point=point)
+    return total * (images - base)
+
+
+def _trapezoid(steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Points and weights of the trapezoid rule with `steps` intervals."""
+    alphas = torch.linspace(0, 1, steps + 1, device=device)
+    weights = torch.full((steps + 1,), 1.0 / steps, device=device)
+    weights[0] = weights[-1] = 0.5 / steps
+    return alphas, weights
+
+
+def _refine(
+    evaluation: Evaluation, images: Tensor, base: Tensor, target: Tensor, spec: Saliency, total: Tensor, change: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Double the steps of every image whose completeness error is above the tolerance; old points are reused.
+
+    The trapezoid rule of 2 s steps is the mean of that of s steps and the midpoint rule of s steps.
+    """
+    assert spec.tolerance is not None
+    used = torch.full((len(images),), spec.steps, device=images.device)
+    steps = spec.steps
+    while 2 * steps <= spec.max_steps:
+        error = (total.flatten(1).double().sum(1) - change).abs()
+        open_ = (error > spec.tolerance * change.abs().clamp_min(1e-3)).nonzero()[:, 0]
+        if not len(open_):
+            break
+        middles = (torch.arange(steps, device=images.device) + 0.5) / steps
+        weights = torch.full((steps,), 1.0 / steps, device=images.device)
+        more = _path_sum(evaluation, images[open_], base[open_], target[open_], spec, middles, weights)
+        total[open_] = (total[open_] + more) / 2
+        steps *= 2
+        used[open_] = steps
+    return total, used
+
+
+def integrated_gradients(
+    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, ids: Tensor, background: Tensor | None = None
+) -> Explained:
+    """Integrated gradients (Sundararajan et al. 2017, eq. 1) by the trapezoid rule, averaged over baselines.
+
+    The completeness error is the mean over baselines of |sum of attributions - (F(x) - F(baseline))|.
+    """
+    top = values(evaluation, images, target, spec.output)
+    total, error, change = torch.zeros_like(images), torch.zeros_like(top), torch.zeros_like(top)
+    used = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    alphas, weights = _trapezoid(spec.steps, images.device)
+    for draw in range(spec.baselines):
+        base = baseline_of(spec, images, ids=ids, draw=draw, mean=evaluation.model.mean, background=background)
+        difference = top - values(evaluation, base, target, spec.output)
+        part = _path_sum(evaluation, images, base, target, spec, alphas, weights)
+        steps = torch.full_like(used, spec.steps)
+        if spec.tolerance is not None:
+            part, steps = _refine(evaluation, images, base, target, spec, part, difference)
+        total += part / spec.baselines
+        error += (part.flatten(1).double().sum(1) - difference).abs() / spec.baselines
+        change += difference / spec.baselines
+        used = torch.maximum(used, steps)
+    return Explained(total, target, error, change, used)
+
+
+def expected_gradients(
+    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, ids: Tensor, background: Tensor | None = None
+) -> Explained:
+    """SHAP values by expected gradients (Erion et al. 2021; Lundberg's GradientExplainer).
+
+    `samples` draws of a background image and a point on the path to it, keyed by (seed, id, draw), so that an image's
+    map depends on no other image. Stores the standard error of the attributions' sum.
+    Raises: ValueError without background.
+    """
+    if background is None or not len(background):
+        raise ValueError("shap needs background images; try --background FILE")
+
+    def point(rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = random.integers(ids[rows], len(background), seed=spec.seed, purpose="shap background", draw=numbers)
+        alpha = random.uniform(ids[rows], (1,), seed=spec.seed, purpose="shap alpha", draw=numbers)[:, 0]
+        base = background[chosen]
+        return torch.lerp(base, images[rows], _rows(alpha)), images[rows] - base
+
+    total, square = accumulated(evaluation, images, target, spec, points=spec.samples, point=point)
+    mean = total / spec.samples
+    summed = mean.flatten(1).double().sum(1)
+    variance = (square / spec.samples - summed**2).clamp_min(0) / max(spec.samples - 1, 1)
+    logits = evaluation.logits(background)
+    base = torch.stack([output_of(logits, t.expand(len(background)), spec.output).double().mean() for t in target])
+    change = values(evaluation, images, target, spec.output) - base
+    return Explained(mean, target, (summed - change).abs(), change, standard_error=variance.sqrt())
+
+
+METHODS: dict[str, Callable[..., Explained]] = {
+    "gradient": gradient,
+    "input-x-gradient": input_x_gradient,
+    "ig": integrated_gradients,
+    "smoothgrad": smoothgrad,
+    "shap": expected_gradients,
+}
+
+
+def explain(
+    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, ids: Tensor, background: Tensor | None = None
+) -> Explained:
+    """Attributions of `images` for `target` by the method of `spec`. Shapes: images (N, C, H, W), target and ids (N,)."""
+    return METHODS[spec.method](evaluation, images, target, spec, ids=ids, background=background)

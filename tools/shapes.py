@@ -19,8 +19,8 @@ from rbkit.tools import random
 CLASSES = ["disc", "square", "triangle", "star", "cross", "ring", "bar", "crescent"]
 SIZE = 32
 OVERSAMPLE = 3  # sub-pixels per side, for smooth outlines
-GRATING = 0.08  # amplitude of the grating, in [0, 1] pixels
-MISLEADING = 0.15  # share of images with the grating of another class
+GRATING = 0.10  # amplitude of the grating, in [0, 1] pixels
+MISLEADING = 0.2  # share of images with the grating of another class
 TURN = 0.35  # largest rotation, in radians
 RADIUS = (0.55, 0.85)  # of half the image
 CONTRAST = (0.12, 0.42)

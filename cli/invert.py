@@ -1,0 +1,278 @@
+"""rb-invert: images and a model to images that the model takes for them, for a class, or for a unit."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rbkit.cli import _history, _io, _values
+from rbkit.cli._app import program
+from rbkit.cli._compute import Model, check_input, load_model, set_up, side_digest, to_tensor
+from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._options import (
+    BLOCK,
+    DOCUMENT_LIMIT,
+    ArchName,
+    Block,
+    Device,
+    MaxDocument,
+    ModelFile,
+    NoHistory,
+    Output,
+    Quiet,
+    Seed,
+    Shard,
+    Source,
+    Threads,
+)
+from rbkit.cli._progress import Progress
+from rbkit.formats.errors import FormatError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rbkit.formats.stream import Chunk
+    from rbkit.tools.invert import Inversion
+    from rbkit.tools.models import Evaluation
+
+MODES = ("representation", "class", "feature")
+STARTS = ("noise", "mean", "seeds", "image")
+TOP = 3
+
+
+def invert(
+    model: ModelFile,
+    source: Source = "-",
+    mode: Annotated[str, typer.Option("--mode", metavar="|".join(MODES), help="Invert representations, make class images, or excite units.")] = "representation",
+    start: Annotated[
+        str | None,
+        typer.Option("--start", metavar="|".join(STARTS), help="First iterate: grey noise, mean colour, --seeds-from, or another image of --start-from.", show_default=False),
+    ] = None,
+    start_from: Annotated[str | None, typer.Option("--start-from", metavar="FILE", help="Stream of images to start from.", show_default=False)] = None,
+    seeds_from: Annotated[
+        str | None, typer.Option("--seeds-from", metavar="FILE", help="class: training stream that Gaussian seeds are fitted on.", show_default=False)
+    ] = None,
+    layer: Annotated[str | None, typer.Option("--layer", metavar="NAME", help="Layer to invert or excite; default the features before the head.", show_default=False)] = None,
+    class_: Annotated[int | None, typer.Option("--class", metavar="K", min=0, help="class: this class in every row; default the labels.", show_default=False)] = None,
+    units: Annotated[str, typer.Option("--units", metavar="K,K,...", help="feature: units to excite.")] = "0,1,2,3",
+    objective: Annotated[str, typer.Option("--objective", metavar="ce|logit", help="class: what is raised.")] = "ce",
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Gradient steps.")] = 200,
+    step_size: Annotated[str, typer.Option("--step-size", metavar="X", help="L2 length of a step, in [0, 1] pixels.")] = "0.5",
+    eps: Annotated[str, typer.Option("--eps", metavar="X", help="L2 radius around the start; 1000: the box alone bounds.")] = "1000",
+    restarts: Annotated[int, typer.Option("--restarts", metavar="N", min=1, help="Best of N starts, per example.")] = 1,
+    fake_relu: Annotated[bool, typer.Option("--fake-relu", help="Let gradients through the last ReLU, as the paper does.")] = False,
+    seed: Seed = 0,
+    block: Block = BLOCK,
+    arch: ArchName = None,
+    shard: Shard = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    max_document: MaxDocument = DOCUMENT_LIMIT,
+    output: Output = "-",
+    quiet: Quiet = False,
+    no_history: NoHistory = False,
+) -> None:
+    """Make images from a model's inner view of images, classes or units.
+
+    The output holds what came in plus inverted (float32), start, and loss (feature: activation, unit, and top_id, the
+    ids of the images of the stream that excite the unit most; image is then the first of them).
+    """
+    options = dict(locals())
+    spec = _spec(options)
+    _io.refuse_same_file(source, output)
+    part = _values.shard(shard)
+    place = set_up(device, threads)
+    subject = load_model(model, archs=arch, device=place)
+    side = _Side(options, subject, place)
+    hidden = ("start_from", "seeds_from")
+    entry = _history.entry("rb-invert", {k.rstrip("_"): v for k, v in options.items() if k not in hidden}, model=subject.sha, inputs=side.digests)
+    stream = _io.chunks(source, shard=part, max_document=max_document)
+    with _io.Sink(output, no_history=no_history) as sink:
+        work = _excite if mode == "feature" else _invert_stream
+        work(options, spec, subject, side, stream, sink, entry)
+
+
+def _spec(options: dict[str, Any]) -> Inversion:
+    from rbkit.tools.invert import Inversion
+
+    _values.choice(options["mode"], MODES, option="--mode")
+    _values.choice(options["objective"], ("ce", "logit"), option="--objective")
+    _values.block(options["block"])
+    if options["start"] is None:
+        options["start"] = "image" if options["start_from"] else "seeds" if options["seeds_from"] else "noise"
+    _values.choice(options["start"], STARTS, option="--start")
+    if (options["start"] == "image") != (options["start_from"] is not None):
+        raise Usage("--start image and --start-from FILE go together")
+    if (options["start"] == "seeds") != (options["seeds_from"] is not None) or (options["seeds_from"] and options["mode"] != "class"):
+        raise Usage("--start seeds and --seeds-from FILE go together, with --mode class")
+    return Inversion(
+        options["mode"], layer=options["layer"], steps=options["steps"],
+        step_size=_values.number(options["step_size"], option="--step-size"), eps=_values.number(options["eps"], option="--eps"),
+        restarts=options["restarts"], objective=options["objective"], fake_relu=options["fake_relu"], seed=options["seed"],
+    )  # fmt: skip
+
+
+class _Side:
+    """Side inputs: images to start from, and the Gaussians of class seeds."""
+
+    def __init__(self, options: dict[str, Any], subject: Model, device: torch.device) -> None:
+        self.kind, self.seed = options["start"], options["seed"]
+        self.digests = {k: side_digest(options[k]) for k in ("start_from", "seeds_from") if options[k] is not None}
+        self.images: torch.Tensor | None = None
+        self.ids: torch.Tensor | None = None
+        self.gaussians: Any = None
+        if options["start_from"] is not None:
+            self.images, self.ids, _ = _load(options["start_from"], subject, device)
+        if options["seeds_from"] is not None:
+            from rbkit.tools.invert import fit_seeds
+
+            images, _, labels = _load(options["seeds_from"], subject, device)
+            if labels is None:
+                raise Input(f"{options['seeds_from']}: no labels; class seeds need them")
+            with blame(Input, ValueError, prefix=f"{options['seeds_from']}: "):
+                self.gaussians = fit_seeds(images, labels, subject.classes)
+
+    def starts(self, evaluation: Evaluation, ids: torch.Tensor, shape: tuple[int, ...], labels: Any, restarts: int) -> list[torch.Tensor]:
+        """First iterates, one set per restart."""
+        return [self._start(evaluation, ids, shape, labels, draw) for draw in range(restarts)]
+
+    def _start(self, evaluation: Evaluation, ids: torch.Tensor, shape: tuple[int, ...], labels: Any, draw: int) -> torch.Tensor:
+        from rbkit.tools import invert as tool
+        from rbkit.tools import random
+
+        if self.kind == "mean":
+            return evaluation.model.mean.clamp(0, 1).expand(len(ids), *shape).clone()
+        if self.kind == "seeds":
+            return tool.draw_seeds(self.gaussians, labels, ids=ids, seed=self.seed, draw=draw)
+        if self.kind == "image":
+            assert self.images is not None and self.ids is not None
+            chosen = random.integers(ids, len(self.images), seed=self.seed, purpose="start image", draw=draw)
+            same = self.ids[chosen] == ids  # another image, where there is one
+            return self.images[torch_where(same, (chosen + 1) % len(self.images), chosen)]
+        return tool.grey_noise(ids, shape, seed=self.seed, draw=draw)
+
+
+def torch_where(condition: Any, first: Any, second: Any) -> Any:
+    """torch.where, imported when it is needed."""
+    import torch
+
+    return torch.where(condition, first, second)
+
+
+def _load(path: str, subject: Model, device: torch.device) -> tuple[Any, Any, Any]:
+    """(images, ids, labels or None) of a whole stream."""
+    import torch
+
+    from rbkit.formats.rows import RowChecker
+    from rbkit.tools.train import as_float
+
+    checker = RowChecker(classes=subject.classes)
+    images, ids, labels = [], [], []
+    for chunk in _io.chunks(path):
+        with blame(Input, FormatError):
+            chunk = checker(chunk)
+        check_input(subject, chunk.arrays["image"].shape[1:], place=chunk.place)
+        images.append(as_float(to_tensor(chunk.arrays["image"], device)))
+        ids.append(to_tensor(chunk.arrays["id"], device))
+        if "label" in chunk.arrays:
+            labels.append(to_tensor(chunk.arrays["label"], device))
+    if not sum(map(len, images)):
+        raise Input(f"{path}: no rows")
+    return torch.cat(images), torch.cat(ids), torch.cat(labels) if labels else None
+
+
+def _invert_stream(
+    options: dict[str, Any], spec: Inversion, subject: Model, side: _Side, stream: Any, sink: _io.Sink, entry: dict[str, Any]
+) -> None:
+    from rbkit.formats.rows import RowChecker
+
+    evaluation = subject.evaluation(options["block"])
+    checker = RowChecker(classes=subject.classes)
+    with Progress("rb-invert", total=None, unit="images", quiet=options["quiet"]) as progress:
+        for chunk in stream:
+            with blame(Input, FormatError):
+                chunk = checker(chunk)
+            check_input(subject, chunk.arrays["image"].shape[1:], place=chunk.place)
+            arrays = _invert_chunk(options, spec, evaluation, side, chunk)
+            sink.write(arrays, _meta(chunk.meta, spec, options, subject, entry), last=chunk.last)
+            progress.advance(chunk.count)
+
+
+def _invert_chunk(options: dict[str, Any], spec: Inversion, evaluation: Evaluation, side: _Side, chunk: Chunk) -> dict[str, Any]:
+    import torch
+
+    from rbkit.tools import invert as tool
+    from rbkit.tools.train import as_float
+
+    device = evaluation.model.mean.device
+    images, ids = as_float(to_tensor(chunk.arrays["image"], device)), to_tensor(chunk.arrays["id"], device)
+    labels = to_tensor(chunk.arrays["label"], device) if "label" in chunk.arrays else None
+    if options["class_"] is not None:
+        labels = torch.full((chunk.count,), options["class_"], device=device)
+    if spec.mode == "class" and labels is None:
+        raise Input(f"{chunk.place}: no labels; try --class K")
+    starts = side.starts(evaluation, ids, tuple(images.shape[1:]), labels, spec.restarts)
+    with blame(Usage, ValueError):
+        if spec.mode == "class":
+            assert labels is not None
+            made, loss = tool.class_images(evaluation, labels, starts, spec, ids=ids)
+        else:
+            made, loss = tool.invert(evaluation, images, starts, spec, ids=ids)
+    added = {"inverted": made, "start": starts[0], "loss": loss}
+    if options["class_"] is not None:
+        added["label"] = labels
+    return {**chunk.arrays, **{name: t.detach().cpu().numpy() for name, t in added.items()}}
+
+
+def _excite(
+    options: dict[str, Any], spec: Inversion, subject: Model, side: _Side, stream: Any, sink: _io.Sink, entry: dict[str, Any]
+) -> None:
+    """One row per unit; the stream gives the images among which the most exciting are found."""
+    import numpy as np
+    import torch
+
+    from rbkit.formats.rows import RowChecker
+    from rbkit.tools import invert as tool
+    from rbkit.tools.train import as_float
+
+    evaluation = subject.evaluation(options["block"])
+    checker, chunks = RowChecker(classes=subject.classes), []
+    for chunk in stream:
+        with blame(Input, FormatError):
+            chunks.append(checker(chunk))
+    shown = np.concatenate([c.arrays["image"] for c in chunks])
+    check_input(subject, shown.shape[1:], place=chunks[0].place)
+    known = np.concatenate([c.arrays["id"] for c in chunks])
+    if not len(known):
+        raise Input("no rows; exciting units needs images to compare with")
+    device = evaluation.model.mean.device
+    numbers = [int(v) for v in _values.numbers(options["units"], option="--units")]
+    units = torch.tensor(numbers, device=device)
+    images = as_float(torch.from_numpy(shown).to(device))
+    starts = side.starts(evaluation, units, tuple(images.shape[1:]), None, spec.restarts)
+    with blame(Usage, ValueError):
+        top = tool.top_images(evaluation, images, units, layer=spec.layer, count=TOP)
+        made, activation = tool.unit_images(evaluation, units, starts, spec)
+    arrays = {
+        "image": shown[top[:, 0].cpu().numpy()], "inverted": made.cpu().numpy(), "start": starts[0].cpu().numpy(),
+        "activation": activation.cpu().numpy(), "unit": units.cpu().numpy(), "id": units.cpu().numpy(),
+        "top_id": known[top.cpu().numpy()],
+    }  # fmt: skip
+    meta = {**chunks[0].meta, "first": 0, "total": len(units)}
+    sink.write(arrays, _meta(meta, spec, options, subject, entry), last=True)
+
+
+def _meta(meta: dict[str, Any], spec: Inversion, options: dict[str, Any], subject: Model, entry: dict[str, Any]) -> dict[str, Any]:
+    described = {**asdict(spec), "start": options["start"], "model": subject.sha}
+    kept = {key: value for key, value in meta.items() if key not in ("part", "sha256")}
+    chain = _history.extended(meta.get("history") or [], entry)
+    return {**kept, "kind": "inversions", "inversion": described, "history": chain}
+
+
+main = program("rb-invert", invert)
+
+if __name__ == "__main__":
+    sys.exit(main())

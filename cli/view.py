@@ -1,0 +1,82 @@
+"""rb-view: any stream to pictures, and records of scores to curves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rbkit.cli import _io
+from rbkit.cli._app import program
+from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._options import DOCUMENT_LIMIT, MaxDocument, Output, Quiet, Sources
+from rbkit.formats.errors import FormatError
+
+
+def view(
+    sources: Sources = None,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="The most rows of a contact sheet.")] = 24,
+    output: Output = "-",
+    max_document: MaxDocument = DOCUMENT_LIMIT,
+    quiet: Quiet = False,
+) -> None:
+    """Show streams: a contact sheet (-o x.png), or one PNG per example (-o folder/, or - for PNGs back to back).
+
+    Several streams of the same images stand side by side, paired by id. Single pictures keep what they show: heat maps
+    are palette PNGs with vmin and vmax, adversarial images are rounded to 8 bits inside their ball. A file of JSON lines
+    from rb-score becomes curves of accuracy against eps.
+    """
+    names = sources or ["-"]
+    if output == "-":
+        _io.refuse_terminal()
+    elif not (output.endswith("/") or output.lower().endswith(".png")):
+        raise Usage(f"-o {output}: expected a name ending in .png, or a folder ending in /")
+    if all(_is_text(name) for name in names):
+        _curves(names, output)
+        return
+    from rbkit.cli._pictures import PictureWriter
+    from rbkit.formats.rows import RowChecker
+
+    with blame(Input, OSError):
+        writer = PictureWriter(output, rows=rows)
+    for name in names:
+        checker = RowChecker()
+        for chunk in _io.chunks(name, max_document=max_document):
+            if chunk.meta["kind"] not in ("model", "checkpoint", "scores"):
+                with blame(Input, FormatError):
+                    chunk = checker(chunk)
+            writer.write(chunk.arrays, chunk.meta, last=chunk.last)
+    writer.close()
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file holds JSON lines; standard input is taken as a stream."""
+    if name == "-":
+        return False
+    with blame(Input, OSError), Path(name).open("rb") as file:
+        start = file.read(9)
+    # A stream has its header's brace at byte 8, after the length.
+    return start[:1] == b"{" and start[:8].isascii() and b"\0" not in start[:8]
+
+
+def _curves(names: list[str], output: str) -> None:
+    from rbkit.formats.figures import accuracy_curves
+    from rbkit.formats.table import read_records
+
+    if output.endswith("/"):
+        raise Usage("curves are one picture; expected -o NAME.png")
+    records: list[dict[str, Any]] = []
+    for name in names:
+        with blame(Input, FormatError, OSError):
+            records += read_records(Path(name))
+    with blame(Input, ValueError):
+        raw = accuracy_curves(records, form="png")
+    _io.write_file(output, raw)
+
+
+main = program("rb-view", view)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Figures from records, by matplotlib: bytes of PNG, SVG or PDF without clock or host in them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#762a83", "#e08214", "#35978f")
+SIZE = (5.6, 3.6)  # inches
+
+
+def model_name(record: dict[str, Any]) -> str:
+    """How a model is called in figures and tables."""
+    method = record.get("train_method") or "model"
+    eps = record.get("train_eps")
+    seed = record.get("train_seed")
+    text = f"{method} {record.get('train_norm')} {eps:g}" if eps else str(method)
+    return text if seed in (None, 0) else f"{text}, seed {seed}"
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def render(figure: Any, *, form: str) -> bytes:
+    """A figure as bytes; equal figures give equal bytes."""
+    import matplotlib
+
+    matplotlib.rcParams["svg.hashsalt"] = "rbkit"
+    matplotlib.rcParams["svg.fonttype"] = "path"
+    buffer = io.BytesIO()
+    metadata: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[form]
+    figure.savefig(buffer, format=form, dpi=150, metadata=metadata)
+    return buffer.getvalue()
+
+
+def by_model(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Records grouped by model, in order of appearance."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(str(record.get("model_sha")), []).append(record)
+    return groups
+
+
+def accuracy_curves(records: Sequence[dict[str, Any]], *, form: str) -> bytes:
+    """Robust accuracy against eps, one line per model, with 95 % intervals; eps 0 is the clean accuracy.
+
+    Raises: ValueError when no record is a robust accuracy.
+    """
+    chosen = [r for r in records if r.get("metric") == "robust_accuracy" and r.get("eps") is not None]
+    if not chosen:
+        raise ValueError("no robust_accuracy among the records; curves need rb-score of attacked streams")
+    figure, axes = _figure()
+    for number, (sha, group) in enumerate(by_model(chosen).items()):
+        points = {float(r["eps"]): r for r in group}
+        clean = next((r for r in records if r.get("metric") == "clean_accuracy" and r.get("model_sha") == sha), None)
+        if clean is not None:
+            points.setdefault(0.0, clean)
+        xs = sorted(points)
+        ys = [points[x]["value"] for x in xs]
+        error = [[y - (points[x]["low"] or y) for x, y in zip(xs, ys, strict=True)], [(points[x]["high"] or y) - y for x, y in zip(xs, ys, strict=True)]]
+        axes.errorbar(xs, ys, yerr=error, marker="o", capsize=3, color=COLOURS[number % len(COLOURS)], label=model_name(group[0]))
+    axes.set(xlabel=f"eps ({chosen[0].get('norm')}, [0, 1] pixels)", ylabel="accuracy", ylim=(0, 1))
+    axes.legend(frameon=False, fontsize=8)
+    return render(figure, form=form)
+
+
+def metric_bars(records: Sequence[dict[str, Any]], metric: str, *, form: str) -> bytes:
+    """One attribution metric for each method and model with 95 % intervals, and the random map as chance.
+
+    Raises: ValueError when no record has the metric.
+    """
+    chosen = [r for r in records if r.get("metric") == metric and r.get("value") is not None and r.get("method")]
+    if not chosen:
+        raise ValueError(f"no record of {metric}")
+    figure, axes = _figure()
+    methods = list(dict.fromkeys(r["method"] for r in chosen))
+    groups = by_model(chosen)
+    width = 0.8 / len(groups)
+    for number, group in enumerate(groups.values()):
+        for record in group:
+            x = methods.index(record["method"]) + (number - (len(groups) - 1) / 2) * width
+            value = record["value"]
+            error = [[value - (record["low"] or value)], [(record["high"] or value) - value]]
+            label = model_name(record) if record is group[0] else None
+            axes.bar(x, value, width * 0.92, yerr=error, capsize=3, color=COLOURS[number % len(COLOURS)], label=label)
+            chance = (record.get("band") or {}).get("random")
+            if chance is not None:
+                axes.plot([x - width / 2, x + width / 2], [chance, chance], color="black", linewidth=1.2, linestyle=":")
+    axes.set_xticks(range(len(methods)), methods)
+    axes.set(ylabel=f"{metric} ({chosen[0]['unit']}; {chosen[0]['better']} is better)")
+    axes.legend(frameon=False, fontsize=8)
+    return render(figure, form=form)
+
+
+def training_curves(models: Sequence[dict[str, Any]], *, form: str) -> bytes:
+    """Validation accuracy, clean (solid) and under attack (dashed), against the epoch. Raises: ValueError without any."""
+    figure, axes = _figure()
+    drawn = False
+    for number, meta in enumerate(models):
+        epochs = meta.get("epochs") or []
+        recipe = meta.get("recipe") or {}
+        name = model_name({"train_method": recipe.get("method"), "train_eps": recipe.get("eps"), "train_norm": recipe.get("norm"), "train_seed": recipe.get("seed")})
+        for key, style, word in (("val_accuracy", "-", "clean"), ("val_robust_accuracy", "--", "robust")):
+            points = [(r["epoch"], r[key]) for r in epochs if key in r]
+            if points:
+                drawn = True
+                axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=COLOURS[number % len(COLOURS)], label=f"{name}, {word}")
+    if not drawn:
+        raise ValueError("no model has a validation record")
+    axes.set(xlabel="epoch", ylabel="validation accuracy", ylim=(0, 1))
+    axes.legend(frameon=False, fontsize=8)
+    return render(figure, form=form)

@@ -1,0 +1,195 @@
+"""Inversion and generation: representations, class images and units, each the ascent loop with an objective.
+
+Sources: Engstrom et al. 2019 (arXiv 1906.00945) for inversion and the gradient through the last ReLU; Santurkar et
+al. 2019 (arXiv 1906.09453) for class images from Gaussian seeds. Losses are per example: a batch equals single runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rbkit.tools import random
+from rbkit.tools.ascend import Batch, Context, Objective, Outcome, Plan, ascend
+from rbkit.tools.attack import LOSSES
+from rbkit.tools.models import Evaluation, fake_last_relu, in_blocks
+from rbkit.tools.norms import NORMS
+
+SEED_GRID = 4  # side of the blocks that class seeds are averaged over
+RIDGE = 1e-4  # added to the seeds' covariance
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """Parameters of an inversion, as recorded.
+
+    mode: representation, class or feature. layer: None for the features before the head. steps, step_size: L2 steps in
+    [0, 1] pixels. eps: radius around the start (1000 is no bound but the box). restarts: best of so many starts.
+    objective: of class images, logit or ce. fake_relu: gradient through the last ReLU, as the paper does.
+    """
+
+    mode: str
+    layer: str | None = None
+    steps: int = 200
+    step_size: float = 0.5
+    eps: float = 1000.0
+    restarts: int = 1
+    objective: str = "ce"
+    fake_relu: bool = False
+    seed: int = 0
+
+    def plan(self) -> Plan:
+        """The ascent that carries it out; starts are rows of their own, so restarts are the caller's."""
+        return Plan(NORMS["l2"], self.eps, self.step_size, self.steps)
+
+
+def features(evaluation: Evaluation, images: Tensor, *, layer: str | None = None) -> Tensor:
+    """Activations of any number of images, (N, D), in padded blocks and without gradients."""
+    with torch.no_grad():
+        return in_blocks(lambda x: evaluation.features(x, layer=layer).flatten(1), images, block=evaluation.block)
+
+
+def _never(images: Tensor) -> Tensor:
+    return torch.zeros(len(images), dtype=torch.bool, device=images.device)
+
+
+def representation_objective(evaluation: Evaluation, *, layer: str | None) -> Objective:
+    """Minus |R(x) - R(x*)| / |R(x*)| per example; context: `goal` = R(x*), (N, D)."""
+
+    def measure(images: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        goal = context["goal"]
+        difference = evaluation.features(images, layer=layer).flatten(1) - goal
+        return -difference.norm(dim=1) / goal.norm(dim=1).clamp_min(1e-12), _never(images)
+
+    return measure
+
+
+def class_objective(evaluation: Evaluation, *, kind: str) -> Objective:
+    """The logit of the class, or minus its cross-entropy; context: `label`."""
+
+    def measure(images: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        logits = evaluation(images)
+        if kind == "ce":
+            return -LOSSES["ce"](logits, context["label"]), _never(images)
+        return logits.gather(1, context["label"][:, None])[:, 0], _never(images)
+
+    return measure
+
+
+def unit_objective(evaluation: Evaluation, *, layer: str | None) -> Objective:
+    """The activation of a unit, averaged over space where the layer has any; context: `unit`."""
+
+    def measure(images: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        found = unit_activations(evaluation.features(images, layer=layer))
+        return found.gather(1, context["unit"][:, None])[:, 0], _never(images)
+
+    return measure
+
+
+def unit_activations(activations: Tensor) -> Tensor:
+    """(N, units) of activations (N, units, ...): the mean over what follows."""
+    return activations.flatten(2).mean(2) if activations.dim() > 2 else activations
+
+
+def grey_noise(ids: Tensor, shape: tuple[int, ...], *, seed: int, draw: int = 0) -> Tensor:
+    """The paper's grey start: 0.5 plus uniform noise of width 1/20, keyed by id."""
+    return 0.5 + random.uniform(ids, shape, seed=seed, purpose="grey noise", draw=draw) / 20
+
+
+def differentiable(evaluation: Evaluation, spec: Inversion, images: Tensor) -> Evaluation:
+    """The evaluation through which gradients are taken: with the last ReLU open where asked for."""
+    if not spec.fake_relu:
+        return evaluation
+    block = images[:1].expand(evaluation.block, *images.shape[1:])
+    return fake_last_relu(evaluation, block)
+
+
+def _best_of(objective: Objective, spec: Inversion, ids: Tensor, starts: list[Tensor], context: dict[str, Tensor], block: int) -> Outcome:
+    """Climb from each list of starts and keep the best per example."""
+    best = ascend(objective, spec.plan(), Batch(ids, starts[0], context), block=block)
+    for start in starts[1:]:
+        other = ascend(objective, spec.plan(), Batch(ids, start, context), block=block)
+        better = other.value > best.value
+        best.images = torch.where(better[:, None, None, None], other.images, best.images)
+        best.value = torch.where(better, other.value, best.value)
+    return best
+
+
+def invert(evaluation: Evaluation, images: Tensor, starts: list[Tensor], spec: Inversion, *, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Images whose representation is that of `images`: (inverted (N, C, H, W), relative latent error (N,)).
+
+    starts: one (N, C, H, W) per restart. Starting from the images themselves returns them with loss 0 (I3).
+    """
+    goal = features(evaluation, images, layer=spec.layer)
+    through = differentiable(evaluation, spec, images)
+    objective = representation_objective(through, layer=spec.layer)
+    outcome = _best_of(objective, spec, ids, starts, {"goal": goal}, evaluation.block)
+    return outcome.images, -outcome.value
+
+
+def class_images(evaluation: Evaluation, labels: Tensor, starts: list[Tensor], spec: Inversion, *, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Images that the model holds for typical of `labels`: (images (N, C, H, W), loss (N,))."""
+    objective = class_objective(differentiable(evaluation, spec, starts[0]), kind=spec.objective)
+    outcome = _best_of(objective, spec, ids, starts, {"label": labels}, evaluation.block)
+    return outcome.images, -outcome.value
+
+
+def unit_images(evaluation: Evaluation, units: Tensor, starts: list[Tensor], spec: Inversion) -> tuple[Tensor, Tensor]:
+    """Images that excite single units: (images (U, C, H, W), activation (U,))."""
+    objective = unit_objective(differentiable(evaluation, spec, starts[0]), layer=spec.layer)
+    outcome = _best_of(objective, spec, units, starts, {"unit": units}, evaluation.block)
+    return outcome.images, outcome.value
+
+
+@dataclass(frozen=True)
+class ClassSeeds:
+    """Gaussians of block-averaged images, one per class: mean (K, D), factor (K, D, D) lower triangular."""
+
+    mean: Tensor
+    factor: Tensor
+    shape: tuple[int, int, int]
+    grid: int
+
+
+def fit_seeds(images: Tensor, labels: Tensor, classes: int, *, grid: int = SEED_GRID) -> ClassSeeds:
+    """Fit the class-conditional Gaussians of Santurkar et al. 2019 to training images averaged over grid x grid pixels.
+
+    Shapes: images (N, C, H, W), H and W multiples of `grid`. Raises: ValueError for other sizes or an absent class.
+    """
+    _, channels, height, width = images.shape
+    if height % grid or width % grid:
+        raise ValueError(f"images of {height} x {width} do not divide into blocks of {grid}")
+    small = F.avg_pool2d(images, grid).flatten(1).double()
+    means, factors = [], []
+    for label in range(classes):
+        rows = small[labels == label]
+        if not len(rows):
+            raise ValueError(f"no training image of class {label} to fit seeds on")
+        centred = rows - rows.mean(0)
+        covariance = centred.T @ centred / max(len(rows) - 1, 1)
+        covariance += RIDGE * torch.eye(small.shape[1], dtype=torch.float64, device=images.device)
+        means.append(rows.mean(0))
+        factors.append(torch.linalg.cholesky(covariance))
+    return ClassSeeds(torch.stack(means), torch.stack(factors), (channels, height, width), grid)
+
+
+def draw_seeds(seeds: ClassSeeds, labels: Tensor, *, ids: Tensor, seed: int, draw: int = 0) -> Tensor:
+    """A seed image per label, nearest-upsampled to full size and cut to [0, 1], keyed by id (N, C, H, W)."""
+    channels, height, width = seeds.shape
+    size = seeds.mean.shape[1]
+    noise = random.normal(ids, (size,), seed=seed, purpose="class seed", draw=draw).double()
+    small = seeds.mean[labels] + torch.einsum("nij,nj->ni", seeds.factor[labels], noise)
+    low = small.reshape(-1, channels, height // seeds.grid, width // seeds.grid).clamp(0, 1)
+    return low.repeat_interleave(seeds.grid, 2).repeat_interleave(seeds.grid, 3).to(torch.float32)
+
+
+def top_images(evaluation: Evaluation, images: Tensor, units: Tensor, *, layer: str | None, count: int) -> Tensor:
+    """Indices of the `count` images that excite each unit most, (U, count)."""
+    with torch.no_grad():
+        found = in_blocks(lambda x: unit_activations(evaluation.features(x, layer=layer)), images, block=evaluation.block)
+    if int(units.max()) >= found.shape[1]:
+        raise ValueError(f"unit {int(units.max())}: the layer has units 0 to {found.shape[1] - 1}")
+    return found[:, units].topk(min(count, len(images)), dim=0).indices.T

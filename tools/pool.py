@@ -1,0 +1,157 @@
+"""Pooling: values per example, gathered over streams, become records with intervals and chance bands.
+
+A pool holds what agrees in kind, model, attack or method and parameters. Merging is joining: any partition of the
+examples gives the same records, because sums do not depend on order beyond rounding and bootstrap weights are keyed
+by example.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from rbkit.tools.metrics import METRICS
+from rbkit.tools.statistics import Interval, bootstrap_means, wilson, z_score
+
+PAIRS = (("insertion", "insertion_mean"), ("deletion", "deletion_mean"))
+
+
+@dataclass
+class Pool:
+    """Values of one subject: `about` says what they are of; `columns` (N,) float64 by metric, `metric@reference`."""
+
+    about: dict[str, Any]
+    ids: list[Tensor] = field(default_factory=list)
+    columns: dict[str, list[Tensor]] = field(default_factory=dict)
+    totals: dict[str, int | None] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+    first: int = 0
+
+    def add(self, ids: Tensor, columns: dict[str, Tensor], *, origin: str, total: int | None, first: int) -> None:
+        """More examples. Raises: ValueError when an id is already here, or other metrics are given than before."""
+        fresh = set(ids.tolist())
+        twice = fresh & self.seen
+        if twice or len(fresh) != len(ids):
+            shown = min(twice) if twice else "one"
+            raise ValueError(f"id {shown} appears twice among rows of the same model, attack and parameters")
+        if self.ids and set(columns) != set(self.columns):
+            odd = sorted(set(columns) ^ set(self.columns))
+            raise ValueError(f"streams of one pool differ in what can be scored ({', '.join(odd[:3])}); score them apart")
+        if not self.ids:
+            self.first = first
+        self.seen |= fresh
+        self.ids.append(ids.cpu())
+        for name, values in columns.items():
+            self.columns.setdefault(name, []).append(values.double().cpu())
+        self.totals[origin] = total
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows that the streams announce are here; unknown totals count as complete."""
+        known = [t for t in self.totals.values() if t is not None]
+        return len(self.seen) >= sum(known)
+
+    def joined(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """(ids, columns) with rows in order of id, so that records do not depend on the order of arrival."""
+        ids = torch.cat(self.ids)
+        order = ids.argsort()
+        return ids[order], {name: torch.cat(parts)[order] for name, parts in self.columns.items()}
+
+    def records(self, *, confidence: float = 0.95) -> list[dict[str, Any]]:
+        """A record per metric."""
+        ids, columns = self.joined()
+        names = [name for name in columns if "@" not in name]
+        means = dict(zip(columns, bootstrap_means(ids, torch.stack(list(columns.values()), 1), confidence=confidence), strict=True))
+        found = []
+        for name in names:
+            interval = means[name]
+            if METRICS[name].share:
+                values = columns[name][~columns[name].isnan()]
+                interval = wilson(int(values.sum()), len(values), confidence=confidence)
+            found.append(self._record(name, interval, columns) | _band(name, columns, means))
+        return found + [r for pair in PAIRS if (r := self._agreement(pair, columns)) is not None]
+
+    def _record(self, name: str, interval: Interval, columns: dict[str, Tensor]) -> dict[str, Any]:
+        entry = METRICS[name]
+        excluded = int(columns[name].isnan().sum())
+        record: dict[str, Any] = {
+            "metric": name, "value": interval.value, "low": interval.low, "high": interval.high, "n": interval.n,
+            "unit": entry.unit, "better": entry.better, "excluded": excluded, "source": entry.source,
+            "complete": self.complete, **self.about,
+        }  # fmt: skip
+        if interval.value is None:
+            record["reason"] = "not defined for any example"
+        return record
+
+    def _agreement(self, pair: tuple[str, str], columns: dict[str, Tensor]) -> dict[str, Any] | None:
+        """Rank correlation over examples between two imputations of the same curve (trap M2)."""
+        if not set(pair) <= set(columns):
+            return None
+        both = torch.stack([columns[name] for name in pair], 1)
+        both = both[~both.isnan().any(1)]
+        value = float(stats.spearmanr(both[:, 0], both[:, 1]).statistic) if len(both) > 2 and bool((both.std(0) > 0).all()) else None
+        record = {
+            "metric": f"{pair[0]}_agreement", "value": value, "low": None, "high": None, "n": len(both),
+            "unit": "rank correlation", "better": "higher", "source": "Tomsett et al. 2020", "complete": self.complete, **self.about,
+        }  # fmt: skip
+        return record if value is not None else record | {"reason": "too few or constant values"}
+
+
+def _band(name: str, columns: dict[str, Tensor], means: dict[str, Interval]) -> dict[str, Any]:
+    """Chance values from the same images, and how far from the random map: z and win rate, paired by example."""
+    references = {key.partition("@")[2]: key for key in columns if key.startswith(f"{name}@")}
+    if not references:
+        return {}
+    band = {short: means[key].value for short, key in references.items()}
+    sign = 1.0 if METRICS[name].better == "higher" else -1.0
+    gain = sign * (columns[name] - columns[references["random"]])
+    gain = gain[~gain.isnan()]
+    if len(gain) < 2:
+        return {"band": band, "z": None, "win_rate": None}
+    wins = ((gain > 0).double() + 0.5 * (gain == 0).double()).mean()
+    error = float(gain.std()) / len(gain) ** 0.5
+    return {"band": band, "z": z_score(float(gain.mean()), 0.0, error), "win_rate": float(wins)}
+
+
+class Pools:
+    """Pools by what they are about."""
+
+    def __init__(self) -> None:
+        self.pools: dict[str, Pool] = {}
+
+    def of(self, about: dict[str, Any]) -> Pool:
+        """The pool for `about`, made where there is none."""
+        return self.pools.setdefault(json.dumps(about, sort_keys=True), Pool(about))
+
+    def records(self, *, confidence: float = 0.95) -> list[dict[str, Any]]:
+        """Records of all pools, then those of the worst case over attacks of the same ball."""
+        own = [record for pool in self.pools.values() for record in pool.records(confidence=confidence)]
+        return own + [r for pool in self._worst() for r in pool.records(confidence=confidence) if r["metric"] == "robust_accuracy"]
+
+    def _worst(self) -> list[Pool]:
+        """The pointwise worst case over attacks on the same model, norm and eps (trap A12)."""
+        families: dict[str, list[Pool]] = {}
+        for pool in self.pools.values():
+            if "robust_accuracy" in pool.columns:
+                key = json.dumps([pool.about.get(k) for k in ("model_sha", "norm", "eps")])
+                families.setdefault(key, []).append(pool)
+        return [_pointwise(family) for family in families.values() if len(family) > 1 and _same_rows(family)]
+
+
+def _same_rows(family: list[Pool]) -> bool:
+    return all(pool.seen == family[0].seen for pool in family)
+
+
+def _pointwise(family: list[Pool]) -> Pool:
+    about = {**family[0].about, "attack": "worst", "params": {"over": sorted(str(p.about.get("attack")) for p in family)}}
+    joined = [pool.joined() for pool in family]
+    worst = torch.stack([columns["robust_accuracy"] for _, columns in joined]).amin(0)
+    pool = Pool(about, first=family[0].first)
+    total = None if any(None in p.totals.values() for p in family) else sum(t or 0 for t in family[0].totals.values())
+    pool.add(joined[0][0], {"robust_accuracy": worst}, origin="worst", total=total, first=family[0].first)
+    return pool

@@ -1,0 +1,96 @@
+"""Intervals and tests: Wilson for shares, a Poisson bootstrap keyed by example for means."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from rbkit.tools import random
+
+DRAWS = 1000
+CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval; low and high are None where no interval can be told."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a share (Wilson 1927)."""
+    if n == 0:
+        return Interval(None, None, None, 0)
+    found = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return Interval(successes / n, float(found.low), float(found.high), n)
+
+
+def _poisson_edges() -> Tensor:
+    """Cumulative probabilities of Poisson(1), scaled to 32-bit words."""
+    return torch.tensor([int(stats.poisson.cdf(k, 1.0) * 2**32) for k in range(13)])
+
+
+def poisson_weights(ids: Tensor, draws: int, *, seed: int = 0) -> Tensor:
+    """Bootstrap weights (N, draws) float64, Poisson(1), a function of (seed, id, draw): any partition of the examples
+    has the same ones (Chamandy et al. 2012)."""
+    bits = random.words(ids, draws, seed=seed, purpose="bootstrap")
+    return torch.bucketize(bits, _poisson_edges(), right=True).double()
+
+
+def bootstrap_means(ids: Tensor, values: Tensor, *, draws: int = DRAWS, confidence: float = 0.95) -> list[Interval]:
+    """Means of columns with bootstrap percentile intervals; NaN entries are left out, column by column.
+
+    Shapes: ids (N,), values (N, M) float64. Fewer than 2 values give no interval.
+    """
+    known = ~values.isnan()
+    filled = torch.where(known, values, torch.zeros_like(values))
+    sums = torch.zeros(draws, values.shape[1], dtype=torch.float64)
+    counts = torch.zeros_like(sums)
+    for start in range(0, len(ids), CHUNK):
+        part = slice(start, start + CHUNK)
+        weights = poisson_weights(ids[part], draws)
+        sums += weights.T @ filled[part]
+        counts += weights.T @ known[part].double()
+    tail = (1 - confidence) / 2
+    n = known.sum(0)
+    found = []
+    for column in range(values.shape[1]):
+        count = int(n[column])
+        value = float(filled[:, column].sum() / count) if count else None
+        usable = counts[:, column] > 0
+        if count < 2 or not bool(usable.any()):
+            found.append(Interval(value, None, None, count))
+            continue
+        means = (sums[usable, column] / counts[usable, column]).sort().values
+        low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+        found.append(Interval(value, low, high, count))
+    return found
+
+
+def z_score(value: float, reference: float, spread: float) -> float | None:
+    """How many standard errors `value` lies above `reference`; None where the spread is 0."""
+    return (value - reference) / spread if spread > 0 else None
+
+
+def mcnemar(first: Tensor, second: Tensor) -> float:
+    """Exact two-sided p-value that two models are right equally often on the same examples (McNemar 1947).
+
+    Shapes: bool (N,) each, paired.
+    """
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    if only_first + only_second == 0:
+        return 1.0
+    return float(stats.binomtest(only_first, only_first + only_second, 0.5).pvalue)
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """JSON has no NaN: None instead."""
+    return value if value is not None and math.isfinite(value) else None

@@ -158,21 +158,26 @@ def _command(entry: dict[str, Any]) -> str:
     return " ".join(words)
 
 
+def replay_lines(history: list[dict[str, Any]]) -> str:
+    """A history as a pipeline; models and side files appear as variables named after their digests."""
+    steps = []
+    for entry in history:
+        line = _command(entry)
+        if entry.get("model"):
+            line += f' -m "$MODEL_{entry["model"][:8]}"'
+        for option, sha in sorted((entry.get("inputs") or {}).items()):
+            line += f' --{option.replace("_", "-")} "$INPUT_{sha[:8]}"'
+        steps.append(line)
+    return " |\n    ".join(steps)
+
+
 def _replay(name: str, max_document: int) -> None:
-    """A pipeline per stream: the tools of the history in order; models and side files appear by digest."""
+    """A pipeline per stream: the tools of its history in order."""
     for summary in _summaries(name, max_document):
         history = summary.meta.get("history") or []
         if not history:
             raise Input(f"{name}: has no history; was it made with --no-history?")
-        steps = []
-        for entry in history:
-            line = _command(entry)
-            if entry.get("model"):
-                line += f' -m "$MODEL_{entry["model"][:8]}"'
-            for option, sha in sorted((entry.get("inputs") or {}).items()):
-                line += f' --{option.replace("_", "-")} "$INPUT_{sha[:8]}"'
-            steps.append(line)
-        _io.print_line(" |\n    ".join(steps))
+        _io.print_line(replay_lines(history))
 
 
 def _join(names: list[str], output: str, max_document: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from rbkit.tools.pool import Pools
 
 PREFIX = "score."
+SHARED = 16  # chunks whose chance bands are kept for the next method
 SIGNED = ("ig", "shap", "input-x-gradient")
 
 
@@ -102,6 +104,7 @@ class _Run:
         self.background = self._background(options["background"])
         self.pools: Pools = Pools()
         self.lines: list[dict[str, Any]] = []
+        self.shared: dict[bytes, dict[str, Any]] = {}
         self.history: list[dict[str, Any]] = []
 
     def _background(self, path: str | None) -> Any:
@@ -163,7 +166,8 @@ class _Run:
             names = [name for name in names if name in self.names]
         if batch.saliency is not None and batch.saliency.method == "shap" and self.background is None:
             names = [name for name in names if name != "max_sensitivity"]
-        columns = evaluate(batch, names, bands=self.options["bands"]) if chunk.count else {}
+        self._share(batch, model)
+        columns = evaluate(batch, names) | self._chance(batch, names) if chunk.count else {}
         if self.options["per_example"]:
             self.lines += _lines(chunk, model, batch, columns)
             return
@@ -171,6 +175,29 @@ class _Run:
             raise Input(f"{chunk.place}: nothing to score (no labels?); try rb-data --label, or --per-example")
         if chunk.count:
             self._pool(chunk, _about(chunk, model, batch), columns)
+
+    def _chance(self, batch: Batch, names: list[str]) -> dict[str, Any]:
+        """The chance band of the batch's metrics, from what batches of the same rows and classes share."""
+        from rbkit.tools.metrics import METRICS, chance
+
+        banded = [name for name in names if METRICS[name].band]
+        if not banded or not self.options["bands"]:
+            return {}
+        bands = batch.shared.setdefault("bands", {})
+        missing = [name for name in banded if f"{name}@random" not in bands]
+        bands.update(chance(batch, missing) if missing else {})
+        return {key: values for key, values in bands.items() if key.partition("@")[0] in banded}
+
+    def _share(self, batch: Batch, model: Model) -> None:
+        """Let batches of the same model, rows and classes share what does not depend on the method."""
+        if batch.explained is None or batch.target is None:
+            return
+        key = hashlib.sha256(model.sha.encode())
+        for tensor in (batch.ids, batch.target, batch.explained):
+            key.update(tensor.cpu().contiguous().numpy().tobytes())
+        if key.digest() not in self.shared and len(self.shared) >= SHARED:
+            self.shared.pop(next(iter(self.shared)))
+        batch.shared = self.shared.setdefault(key.digest(), {})
 
     def _pool(self, chunk: Chunk, about: dict[str, Any], columns: dict[str, Any]) -> None:
         from rbkit.formats.document import digest

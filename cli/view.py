@@ -18,6 +18,9 @@ from rbkit.formats.errors import FormatError
 def view(
     sources: Sources = None,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="The most rows of a contact sheet.")] = 24,
+    metric: Annotated[
+        str | None, typer.Option("--metric", metavar="NAME", help="Records: bars of this metric instead of accuracy curves.", show_default=False)
+    ] = None,
     output: Output = "-",
     max_document: MaxDocument = DOCUMENT_LIMIT,
     quiet: Quiet = False,
@@ -25,8 +28,8 @@ def view(
     """Show streams: a contact sheet (-o x.png), or one PNG per example (-o folder/, or - for PNGs back to back).
 
     Several streams of the same images stand side by side, paired by id. Single pictures keep what they show: heat maps
-    are palette PNGs with vmin and vmax, adversarial images are rounded to 8 bits inside their ball. A file of JSON lines
-    from rb-score becomes curves of accuracy against eps.
+    are palette PNGs with vmin and vmax, adversarial images are rounded to 8 bits inside their ball. JSON lines of
+    rb-score become curves of accuracy against eps, or bars of a --metric; models become curves of their training.
     """
     names = sources or ["-"]
     if output == "-":
@@ -34,7 +37,10 @@ def view(
     elif not (output.endswith("/") or output.lower().endswith(".png")):
         raise Usage(f"-o {output}: expected a name ending in .png, or a folder ending in /")
     if all(_is_text(name) for name in names):
-        _curves(names, output)
+        _curves(names, output, metric)
+        return
+    if names != ["-"] and output.lower().endswith(".png") and all(map(_is_model, names)):
+        _training(names, output)
         return
     from rbkit.cli._pictures import PictureWriter
     from rbkit.formats.rows import RowChecker
@@ -61,8 +67,8 @@ def _is_text(name: str) -> bool:
     return start[:1] == b"{" and start[:8].isascii() and b"\0" not in start[:8]
 
 
-def _curves(names: list[str], output: str) -> None:
-    from rbkit.formats.figures import accuracy_curves
+def _curves(names: list[str], output: str, metric: str | None) -> None:
+    from rbkit.formats.figures import accuracy_curves, metric_bars
     from rbkit.formats.table import read_records
 
     if output.endswith("/"):
@@ -72,7 +78,21 @@ def _curves(names: list[str], output: str) -> None:
         with blame(Input, FormatError, OSError):
             records += read_records(Path(name))
     with blame(Input, ValueError):
-        raw = accuracy_curves(records, form="png")
+        raw = accuracy_curves(records, form="png") if metric is None else metric_bars(records, metric, form="png")
+    _io.write_file(output, raw)
+
+
+def _is_model(name: str) -> bool:
+    with blame(Input, FormatError, OSError):
+        return next(iter(_io.reader(name))).meta["kind"] == "model"
+
+
+def _training(names: list[str], output: str) -> None:
+    from rbkit.cli._compute import model_chunk
+    from rbkit.formats.figures import training_curves
+
+    with blame(Input, ValueError):
+        raw = training_curves([model_chunk(name).meta for name in names], form="png")
     _io.write_file(output, raw)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ from rbkit.tools.norms import NORMS
 from rbkit.tools.quantise import leaves_ball, round_inside
 from rbkit.tools.saliency import Saliency, blurred, explain
 
-GRID = 17  # points of a flipping curve, both ends included
+GRID = 11  # points of a flipping curve, both ends included
 NOISE_RADIUS = 0.02  # of max-sensitivity, Linf in [0, 1] pixels
-NOISE_DRAWS = 4
+NOISE_DRAWS = 2
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Batch:
     background: Tensor | None = None
     judge: Evaluation | None = None
     signed: bool = True
-    shared: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def clean_logits(self) -> Tensor:
@@ -488,13 +489,16 @@ def applicable(kind: str, batch: Batch) -> list[str]:
     return found
 
 
-def evaluate(batch: Batch, names: list[str], *, bands: bool = True) -> dict[str, Tensor]:
-    """Values per example, float64 (N,), by metric name; chance values under `metric@reference`."""
-    columns = {name: METRICS[name].function(batch).double() for name in names}
-    banded = [name for name in names if METRICS[name].band] if bands else []
-    if banded:
-        for reference, maps in reference_maps(batch).items():
-            other = batch.with_maps(maps)
-            for name in banded:
-                columns[f"{name}@{reference}"] = METRICS[name].function(other).double()
+def evaluate(batch: Batch, names: list[str]) -> dict[str, Tensor]:
+    """Values per example, float64 (N,), by metric name."""
+    return {name: METRICS[name].function(batch).double() for name in names}
+
+
+def chance(batch: Batch, names: list[str]) -> dict[str, Tensor]:
+    """Values of the banded metrics on the reference maps, under `metric@reference`; they do not depend on the method."""
+    columns = {}
+    for reference, maps in reference_maps(batch).items():
+        other = batch.with_maps(maps)
+        for name in names:
+            columns[f"{name}@{reference}"] = METRICS[name].function(other).double()
     return columns

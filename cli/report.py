@@ -1,0 +1,255 @@
+"""rb-report: records, models and sheets to one page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rbkit.cli import _io, _values
+from rbkit.cli._app import program
+from rbkit.cli._errors import CheckFailed, Input, Output, Usage, blame
+from rbkit.cli._options import Output as OutputFile
+from rbkit.cli._options import Quiet
+from rbkit.formats.errors import FormatError
+
+BARS = ("insertion", "deletion", "relevance_mass", "pointing_game", "gini", "alignment", "max_sensitivity")
+WORDS = {
+    "insertion": "insertion curves", "deletion": "deletion curves", "relevance_mass": "relevance inside the object",
+    "relevance_rank": "ranked relevance inside the object", "pointing_game": "the pointing game", "gini": "sparsity (Gini)",
+    "entropy": "entropy of the maps", "alignment": "alignment of maps with the image", "etmann_alignment": "Etmann alignment",
+    "completeness_error": "completeness error", "max_sensitivity": "stability under noise", "latent_error": "latent error of inversion",
+    "pixel_error": "pixel error of inversion", "low_frequency_error": "low-frequency error of inversion", "ssim": "structural similarity of inversion",
+    "own_accuracy": "own recognition of made images", "judge_accuracy": "recognition of made images by a judge",
+}  # fmt: skip
+SHEETS = {
+    "attacked": "Adversarial images: clean image, then for each radius the attacked image and the difference; first the standard, then the robust model.",
+    "gradient": "Gradients of the predicted logit: standard, then robust model.",
+    "ig": "Integrated gradients: standard, then robust model.",
+    "smoothgrad": "SmoothGrad: standard, then robust model.",
+    "shap": "Expected gradients (SHAP): standard, then robust model.",
+    "inverted": "Inverted representations: the image, then start and inversion for the standard and the robust model.",
+    "classes": "Class images grown from Gaussian seeds: seed and result for the standard and the robust model.",
+    "units": "Units before the head: the most exciting test image, then what excites the unit most, for both models.",
+}
+
+
+def report(
+    sources: Annotated[list[str], typer.Argument(metavar="FILE...", help="Records (.jsonl of rb-score), models, and sheets (.png of rb-view).")],
+    title: Annotated[str, typer.Option("--title", metavar="TEXT", help="What the study is of.")] = "study",
+    require: Annotated[bool, typer.Option("--require", help="Status 8 where the study would be worthless; the page is written all the same.")] = False,
+    clean: Annotated[str, typer.Option("--clean", metavar="LOW:HIGH", help="--require: bounds of the standard model's clean accuracy.")] = "0.5:1",
+    figures: Annotated[str | None, typer.Option("--figures", metavar="DIR/", help="Keep the figures as PNG, SVG and PDF too.", show_default=False)] = None,
+    output: OutputFile = "-",
+    quiet: Quiet = False,
+) -> None:
+    """Write one self-contained page: the answer, figures, tables with intervals, and the commands that made them."""
+    low, _, high = clean.partition(":")
+    bounds = (_values.number(low, option="--clean"), _values.number(high or "1", option="--clean"))
+    study = _Study(sources)
+    study.eps = _radius(study)
+    page = _page(study, title, bounds, figures)
+    if output == "-" and sys.stdout.isatty():
+        raise Usage("a page is too long for a terminal; use -o report.html")
+    _io.write_file(output, page)
+    if require:
+        reasons = study.failings(bounds)
+        if reasons:
+            raise CheckFailed("; ".join(reasons))
+
+
+class _Study:
+    """All that the page is made from."""
+
+    def __init__(self, sources: list[str]) -> None:
+        from rbkit.cli._compute import model_chunk
+        from rbkit.formats.table import read_records
+
+        self.records: list[dict[str, Any]] = []
+        self.files: list[str] = []
+        self.models: list[tuple[str, dict[str, Any]]] = []
+        self.sheets: list[str] = []
+        self.eps = 0.0
+        for name in sources:
+            if name.endswith(".png"):
+                self.sheets.append(name)
+            elif name.endswith((".jsonl", ".json")):
+                with blame(Input, FormatError, OSError):
+                    self.records += read_records(Path(name))
+                self.files.append(name)
+            else:
+                self.models.append((name, model_chunk(name).meta))
+        if not self.records:
+            raise Input("no records; give .jsonl files of rb-score")
+
+    def failings(self, bounds: tuple[float, float]) -> list[str]:
+        """Why the study is worthless, if it is."""
+        from rbkit.tools.compare import failings
+
+        return failings(self.records, eps=self.eps, clean=bounds)
+
+
+def _radius(study: _Study) -> float:
+    """The radius at which the answer is given: that of the robust model's training, or the middle one attacked."""
+    radii = sorted({float(r["eps"]) for r in study.records if r.get("metric") == "robust_accuracy" and r.get("eps") is not None})
+    trained = [float(r["train_eps"]) for r in study.records if r.get("train_eps")]
+    if trained and trained[0] in radii:
+        return trained[0]
+    return radii[len(radii) // 2] if radii else 0.0
+
+
+def _page(study: _Study, title: str, bounds: tuple[float, float], folder: str | None) -> bytes:
+    from rbkit.formats import html
+
+    reasons = study.failings(bounds)
+    parts = [
+        "<h1>Does robust training make a classifier more interpretable?</h1>",
+        html.paragraph(f"{title}: one standard and one adversarially trained model; every interval is 95 %.", kind="sub"),
+        html.paragraph(answer(study), kind="answer"),
+    ]
+    if reasons:
+        parts.append(html.paragraph("This study decides nothing: " + "; ".join(reasons) + ".", kind="answer alarm"))
+    parts += _accuracy_section(study, folder) + _map_section(study, folder) + _sheet_section(study) + _made_section(study)
+    return html.page(f"rbkit: {title}", parts)
+
+
+def _share(record: dict[str, Any] | None) -> str:
+    if record is None or record["value"] is None:
+        return "not measured"
+    interval = "" if record["low"] is None else f" ({100 * record['low']:.1f} to {100 * record['high']:.1f})"
+    return f"{100 * record['value']:.1f} %{interval}"
+
+
+def answer(study: _Study) -> str:
+    """The study's answer in one paragraph with numbers."""
+    from rbkit.tools.compare import accuracies, interpretability, paired
+
+    base, hard = (accuracies(study.records, standard=s) for s in (True, False))
+    rows = interpretability(paired(study.records))
+    better, worse, open_ = (sorted({_what(r) for r in rows if r["verdict"] == v}) for v in ("robust", "standard", "open"))
+    eps = study.eps
+    text = (
+        f"At radius {eps:g} the standard model keeps {_share(base['robust'].get(eps))} of its images "
+        f"(clean {_share(base['clean'])}), the robust one {_share(hard['robust'].get(eps))} (clean {_share(hard['clean'])}). "
+    )
+    text += f"Of {len(rows)} interpretability comparisons the robust model is better in {sum(r['verdict'] == 'robust' for r in rows)}, "
+    text += f"the standard one in {sum(r['verdict'] == 'standard' for r in rows)}, and {sum(r['verdict'] == 'open' for r in rows)} stay open. "
+    if better:
+        text += f"Better with robustness: {', '.join(better)}. "
+    if worse:
+        text += f"Worse: {', '.join(worse)}. "
+    if open_ and not better:
+        text += f"Open: {', '.join(open_)}. "
+    return text + "Two models cannot show that robustness is the cause: that takes a population of models."
+
+
+def _what(row: dict[str, Any]) -> str:
+    name = WORDS.get(row["metric"], row["metric"].replace("_", " "))
+    subject = row["robust"].get("method") or row["robust"].get("mode")
+    return f"{name} ({subject})" if subject else name
+
+
+def _accuracy_section(study: _Study, folder: str | None) -> list[str]:
+    from rbkit.formats import figures, html
+
+    rows = [
+        [figures.model_name(r), r["metric"].replace("_", " "), f"{r['norm']} {r['eps']:g}", _share(r), str(r["n"])]
+        for r in study.records
+        if r.get("kind") == "adversarial" and r["metric"] in ("clean_accuracy", "robust_accuracy", "robust_accuracy_png")
+    ]
+    parts = [html.heading("Accuracy"), html.table(["model", "metric", "attack", "accuracy (95 %)", "n"], _unique(rows))]
+    files = " ".join(study.files)
+    parts += _figure(lambda form: figures.accuracy_curves(study.records, form=form), "accuracy", folder,
+                     "Accuracy under PGD against the radius.", f"rb-view {files} -o accuracy.png")  # fmt: skip
+    names = " ".join(name for name, _ in study.models)
+    parts += _figure(lambda form: figures.training_curves([m for _, m in study.models], form=form), "training", folder,
+                     "Validation accuracy during training.", f"rb-view {names} -o training.png")  # fmt: skip
+    return parts
+
+
+def _unique(rows: list[list[str]]) -> list[list[str]]:
+    seen: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        key = tuple(row) if row[1] != "clean accuracy" else (row[0], row[1])
+        seen.setdefault(key, row if row[1] != "clean accuracy" else [row[0], row[1], "none", *row[3:]])
+    return list(seen.values())
+
+
+def _figure(make: Any, name: str, folder: str | None, caption: str, command: str) -> list[str]:
+    """A figure embedded as SVG and, where asked for, kept as files; nothing where there is no data for it."""
+    from rbkit.formats import html
+
+    try:
+        raw = make("svg")
+    except ValueError:
+        return []
+    if folder is not None:
+        with blame(Output, OSError):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        for form in ("png", "svg", "pdf"):
+            _io.write_file(str(Path(folder) / f"{name}.{form}"), make(form))
+    return [html.picture(raw, caption=caption, command=command)]
+
+
+def _number(record: dict[str, Any]) -> str:
+    if record["value"] is None:
+        return record.get("reason", "not measured")
+    interval = "" if record["low"] is None else f" ({record['low']:.3g} to {record['high']:.3g})"
+    return f"{record['value']:.3g}{interval}"
+
+
+def _map_section(study: _Study, folder: str | None) -> list[str]:
+    from rbkit.formats import figures, html
+    from rbkit.tools.compare import interpretability, paired
+
+    rows = []
+    for row in interpretability(paired(study.records)):
+        robust, standard = row["robust"], row["standard"]
+        chance = (robust.get("band") or {}).get("random")
+        arrow = "higher" if robust["better"] == "higher" else "lower"
+        rows.append([
+            row["metric"].replace("_", " "), str(robust.get("method") or robust.get("mode")), _number(standard), _number(robust),
+            "" if chance is None else f"{chance:.3g}", arrow, str(robust["n"]), row["verdict"],
+        ])  # fmt: skip
+    heads = ["metric", "of", "standard (95 %)", "robust (95 %)", "chance", "better", "n", "verdict"]
+    parts = [html.heading("Interpretability"), html.table(heads, rows, marked=7)]
+    parts.append(html.paragraph("Chance is a random map on the same images. A verdict is given only where the two intervals do not touch."))
+    files = " ".join(study.files)
+    for metric in BARS:
+        caption = f"{WORDS[metric][0].upper()}{WORDS[metric][1:]}, by method; dotted: a random map on the same images."
+        parts += _figure(lambda form, m=metric: figures.metric_bars(study.records, m, form=form), metric, folder, caption,
+                         f"rb-view --metric {metric} {files} -o {metric}.png")  # fmt: skip
+    return parts
+
+
+def _sheet_section(study: _Study) -> list[str]:
+    from rbkit.formats import html
+
+    parts = [html.heading("Pictures")] if study.sheets else []
+    for name in study.sheets:
+        kind = Path(name).stem.removeprefix("sheet-")
+        with blame(Input, OSError):
+            raw = Path(name).read_bytes()
+        stems = [Path(m).with_suffix("") for m, _ in study.models]
+        ending = "rbs" if kind == "attacked" else "safetensors"
+        sources = " ".join(f"{stem}.{kind}.{ending}" for stem in stems)
+        parts.append(html.picture(raw, caption=SHEETS.get(kind, kind), command=f"rb-view {sources} --rows 12 -o {Path(name).name}"))
+    return parts
+
+
+def _made_section(study: _Study) -> list[str]:
+    from rbkit.cli.info import replay_lines
+    from rbkit.formats import html
+
+    parts = [html.heading("How it was made")]
+    for name, meta in study.models:
+        parts += [html.paragraph(name), html.code(replay_lines(meta.get("history") or []))]
+    return parts
+
+
+main = program("rb-report", report)
+
+if __name__ == "__main__":
+    sys.exit(main())

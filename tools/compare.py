@@ -1,0 +1,81 @@
+"""Two models side by side: which metrics separate them beyond their intervals. Plain records in, plain records out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SUBJECT = ("metric", "attack", "norm", "eps", "method", "mode", "kind")
+SANITY = ("ties", "ball_violation", "perturbation", "target_rate")
+ROBUSTNESS = ("clean_accuracy", "robust_accuracy", "robust_accuracy_png")
+
+
+def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What a record is of, apart from the model."""
+    return tuple(record.get(name) for name in SUBJECT)
+
+
+def is_standard(record: dict[str, Any]) -> bool:
+    """Whether the record's model was trained without an attack."""
+    return not record.get("train_eps")
+
+
+def separated(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether the 95 % intervals of two records do not touch."""
+    bounds = [r.get(k) for r in (first, second) for k in ("low", "high")]
+    if any(b is None for b in bounds):
+        return False
+    low_a, high_a, low_b, high_b = bounds
+    return low_a > high_b or low_b > high_a  # type: ignore[operator]
+
+
+def paired(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each subject the standard and the robust record, the difference, and which model is better.
+
+    verdict: `robust` or `standard` where the intervals do not touch, else `open`.
+    """
+    standard = {key_of(r): r for r in records if is_standard(r)}
+    rows = []
+    for record in records:
+        other = standard.get(key_of(record))
+        if is_standard(record) or other is None or record["value"] is None or other["value"] is None:
+            continue
+        difference = record["value"] - other["value"]
+        gain = difference if record["better"] == "higher" else -difference
+        verdict = ("robust" if gain > 0 else "standard") if separated(record, other) else "open"
+        rows.append({"metric": record["metric"], "standard": other, "robust": record, "difference": difference, "verdict": verdict})
+    return rows
+
+
+def interpretability(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs that are about attributions and inversions."""
+    return [r for r in rows if r["metric"] not in (*SANITY, *ROBUSTNESS) and r["robust"].get("kind") in ("attributions", "inversions")]
+
+
+def accuracies(records: list[dict[str, Any]], *, standard: bool) -> dict[str, Any]:
+    """Clean accuracy and robust accuracy by eps of the standard or the robust model, as records."""
+    mine = [r for r in records if is_standard(r) == standard and r.get("kind") == "adversarial"]
+    clean = next((r for r in mine if r["metric"] == "clean_accuracy"), None)
+    robust = {float(r["eps"]): r for r in mine if r["metric"] == "robust_accuracy" and r.get("attack") != "worst"}
+    return {"clean": clean, "robust": dict(sorted(robust.items()))}
+
+
+def failings(records: list[dict[str, Any]], *, eps: float, clean: tuple[float, float], gap: float = 0.3, weak: float = 0.2) -> list[str]:
+    """Why a study of a standard and a robust model is worthless, if it is: one sentence per reason.
+
+    The standard model must lie within `clean` on clean images and below `weak` under attack at eps, the robust one at
+    least `gap` above it, and an interpretability metric must separate the two outside their intervals.
+    """
+    base, hard = accuracies(records, standard=True), accuracies(records, standard=False)
+    if base["clean"] is None or eps not in base["robust"] or eps not in hard["robust"]:
+        return [f"no accuracies of a standard and a robust model at eps {eps:g}"]
+    value, attacked, robust = base["clean"]["value"], base["robust"][eps]["value"], hard["robust"][eps]["value"]
+    found = []
+    if not clean[0] <= value <= clean[1]:
+        found.append(f"the standard model's clean accuracy is {value:.3f}, expected {clean[0]:g} to {clean[1]:g}")
+    if attacked >= weak:
+        found.append(f"the standard model's accuracy under attack is {attacked:.3f}, expected below {weak:g}: a weak attack?")
+    if robust < attacked + gap:
+        found.append(f"the robust model's accuracy under attack is {robust:.3f}, expected at least {attacked + gap:.3f}")
+    if not any(row["verdict"] != "open" for row in interpretability(paired(records))):
+        found.append("no interpretability metric separates the two models outside its interval")
+    return found

@@ -70,4 +70,6 @@ def _shown(record: dict[str, Any]) -> str:
     if record["value"] is None or record["low"] is None:
         return f"got no interval (n = {record['n']})"
     rows = "" if record.get("complete", True) else ", not all rows are here"
-    return f"got {record['value']:.4g}, 90 % interval {record['low']:.4g} to {record['high']:.4g}, n = {record['n']}{rows}"
+    return (
+        f"got {record['value']:.4g}, 90 % interval {record['low']:.4g} to {record['high']:.4g}, n = {record['n']}{rows}"
+    )

@@ -101,7 +101,11 @@ def _legend(meta: Mapping[str, Any]) -> str:
 def title_of(meta: Mapping[str, Any]) -> str:
     """What a sheet shows, in a line."""
     parts = [str(meta.get("kind", ""))]
-    for key, names in (("attack", ("name", "norm", "eps")), ("saliency", ("method", "output", "target")), ("inversion", ("mode", "start"))):
+    for key, names in (
+        ("attack", ("name", "norm", "eps")),
+        ("saliency", ("method", "output", "target")),
+        ("inversion", ("mode", "start")),
+    ):
         if key in meta:
             parts.append(" ".join(str(meta[key].get(name)) for name in names))
             parts.append(f"model {str(meta[key].get('model'))[:8]}")
@@ -124,7 +128,9 @@ def _caption(one: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
     return f"{Path(name).name} {label}".strip()
 
 
-def cells_of(one: Mapping[str, Any], meta: Mapping[str, Any], *, first: bool) -> tuple[list[np.ndarray], list[str], list[str]]:
+def cells_of(
+    one: Mapping[str, Any], meta: Mapping[str, Any], *, first: bool
+) -> tuple[list[np.ndarray], list[str], list[str]]:
     """(cells, captions, heads) of one example; the image itself only for the first of several streams."""
     cells = [sheet.to_rgb(one["image"])] if first else []
     captions, heads = ([_caption(one, meta)], ["image"]) if first else ([], [])
@@ -186,5 +192,7 @@ def eight_bits(one: Mapping[str, Any], attack: Mapping[str, Any]) -> np.ndarray:
     from rbkit.tools.train import as_float
 
     clean = as_float(torch.from_numpy(one["image"].copy())[None])
-    rounded = round_inside(torch.from_numpy(one["adversarial"].copy())[None], clean, norm=attack["norm"], eps=attack["eps"])
+    rounded = round_inside(
+        torch.from_numpy(one["adversarial"].copy())[None], clean, norm=attack["norm"], eps=attack["eps"]
+    )
     return (rounded[0] * 255).round().to(torch.uint8).numpy()

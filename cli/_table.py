@@ -21,7 +21,9 @@ def show(records: list[dict[str, Any]]) -> None:
     for record in records:
         subjects.setdefault(_subject(record), []).append(record)
     for subject, rows in subjects.items():
-        table = Table("metric", "value", "95 % interval", "n", "chance", "z", title=subject, title_justify="left", box=None)
+        table = Table(
+            "metric", "value", "95 % interval", "n", "chance", "z", title=subject, title_justify="left", box=None
+        )
         for r in rows:
             interval = "" if r["low"] is None else f"{r['low']:.4f} to {r['high']:.4f}"
             chance = _cell((r.get("band") or {}).get("random"))

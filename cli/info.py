@@ -92,7 +92,7 @@ class _Summary:
 
 
 def _finite(value: Any) -> Any:
-    return value if value is None or value == value and abs(value) != float("inf") else str(value)
+    return value if value is None or (value == value and abs(value) != float("inf")) else str(value)
 
 
 def _summaries(name: str, max_document: int) -> list[_Summary]:

@@ -46,24 +46,66 @@ TOP = 3
 def invert(
     model: ModelFile,
     source: Source = "-",
-    mode: Annotated[str, typer.Option("--mode", metavar="|".join(MODES), help="Invert representations, make class images, or excite units.")] = "representation",
+    mode: Annotated[
+        str,
+        typer.Option(
+            "--mode", metavar="|".join(MODES), help="Invert representations, make class images, or excite units."
+        ),
+    ] = "representation",
     start: Annotated[
         str | None,
-        typer.Option("--start", metavar="|".join(STARTS), help="First iterate: grey noise, mean colour, --seeds-from, or another image of --start-from.", show_default=False),
+        typer.Option(
+            "--start",
+            metavar="|".join(STARTS),
+            help="First iterate: grey noise, mean colour, --seeds-from, or another image of --start-from.",
+            show_default=False,
+        ),
     ] = None,
-    start_from: Annotated[str | None, typer.Option("--start-from", metavar="FILE", help="Stream of images to start from.", show_default=False)] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option("--start-from", metavar="FILE", help="Stream of images to start from.", show_default=False),
+    ] = None,
     seeds_from: Annotated[
-        str | None, typer.Option("--seeds-from", metavar="FILE", help="class: training stream that Gaussian seeds are fitted on.", show_default=False)
+        str | None,
+        typer.Option(
+            "--seeds-from",
+            metavar="FILE",
+            help="class: training stream that Gaussian seeds are fitted on.",
+            show_default=False,
+        ),
     ] = None,
-    layer: Annotated[str | None, typer.Option("--layer", metavar="NAME", help="Layer to invert or excite; default the features before the head.", show_default=False)] = None,
-    class_: Annotated[int | None, typer.Option("--class", metavar="K", min=0, help="class: this class in every row; default the labels.", show_default=False)] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            "--layer",
+            metavar="NAME",
+            help="Layer to invert or excite; default the features before the head.",
+            show_default=False,
+        ),
+    ] = None,
+    class_: Annotated[
+        int | None,
+        typer.Option(
+            "--class",
+            metavar="K",
+            min=0,
+            help="class: this class in every row; default the labels.",
+            show_default=False,
+        ),
+    ] = None,
     units: Annotated[str, typer.Option("--units", metavar="K,K,...", help="feature: units to excite.")] = "0,1,2,3",
     objective: Annotated[str, typer.Option("--objective", metavar="ce|logit", help="class: what is raised.")] = "ce",
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Gradient steps.")] = 200,
-    step_size: Annotated[str, typer.Option("--step-size", metavar="X", help="L2 length of a step, in [0, 1] pixels.")] = "0.5",
-    eps: Annotated[str, typer.Option("--eps", metavar="X", help="L2 radius around the start; 1000: the box alone bounds.")] = "1000",
+    step_size: Annotated[
+        str, typer.Option("--step-size", metavar="X", help="L2 length of a step, in [0, 1] pixels.")
+    ] = "0.5",
+    eps: Annotated[
+        str, typer.Option("--eps", metavar="X", help="L2 radius around the start; 1000: the box alone bounds.")
+    ] = "1000",
     restarts: Annotated[int, typer.Option("--restarts", metavar="N", min=1, help="Best of N starts, per example.")] = 1,
-    fake_relu: Annotated[bool, typer.Option("--fake-relu", help="Let gradients through the last ReLU, as the paper does.")] = False,
+    fake_relu: Annotated[
+        bool, typer.Option("--fake-relu", help="Let gradients through the last ReLU, as the paper does.")
+    ] = False,
     seed: Seed = 0,
     block: Block = BLOCK,
     arch: ArchName = None,
@@ -88,7 +130,12 @@ def invert(
     subject = load_model(model, archs=arch, device=place)
     side = _Side(options, subject, place)
     hidden = ("start_from", "seeds_from")
-    entry = _history.entry("rb-invert", {k.rstrip("_"): v for k, v in options.items() if k not in hidden}, model=subject.sha, inputs=side.digests)
+    entry = _history.entry(
+        "rb-invert",
+        {k.rstrip("_"): v for k, v in options.items() if k not in hidden},
+        model=subject.sha,
+        inputs=side.digests,
+    )
     stream = _io.chunks(source, shard=part, max_document=max_document)
     with _io.Sink(output, no_history=no_history) as sink:
         work = _excite if mode == "feature" else _invert_stream
@@ -106,7 +153,9 @@ def _spec(options: dict[str, Any]) -> Inversion:
     _values.choice(options["start"], STARTS, option="--start")
     if (options["start"] == "image") != (options["start_from"] is not None):
         raise Usage("--start image and --start-from FILE go together")
-    if (options["start"] == "seeds") != (options["seeds_from"] is not None) or (options["seeds_from"] and options["mode"] != "class"):
+    if (options["start"] == "seeds") != (options["seeds_from"] is not None) or (
+        options["seeds_from"] and options["mode"] != "class"
+    ):
         raise Usage("--start seeds and --seeds-from FILE go together, with --mode class")
     return Inversion(
         options["mode"], layer=options["layer"], steps=options["steps"],
@@ -135,11 +184,15 @@ class _Side:
             with blame(Input, ValueError, prefix=f"{options['seeds_from']}: "):
                 self.gaussians = fit_seeds(images, labels, subject.classes)
 
-    def starts(self, evaluation: Evaluation, ids: torch.Tensor, shape: tuple[int, ...], labels: Any, restarts: int) -> list[torch.Tensor]:
+    def starts(
+        self, evaluation: Evaluation, ids: torch.Tensor, shape: tuple[int, ...], labels: Any, restarts: int
+    ) -> list[torch.Tensor]:
         """First iterates, one set per restart."""
         return [self._start(evaluation, ids, shape, labels, draw) for draw in range(restarts)]
 
-    def _start(self, evaluation: Evaluation, ids: torch.Tensor, shape: tuple[int, ...], labels: Any, draw: int) -> torch.Tensor:
+    def _start(
+        self, evaluation: Evaluation, ids: torch.Tensor, shape: tuple[int, ...], labels: Any, draw: int
+    ) -> torch.Tensor:
         from rbkit.tools import invert as tool
         from rbkit.tools import random
 
@@ -185,7 +238,13 @@ def _load(path: str, subject: Model, device: torch.device) -> tuple[Any, Any, An
 
 
 def _invert_stream(
-    options: dict[str, Any], spec: Inversion, subject: Model, side: _Side, stream: Any, sink: _io.Sink, entry: dict[str, Any]
+    options: dict[str, Any],
+    spec: Inversion,
+    subject: Model,
+    side: _Side,
+    stream: Any,
+    sink: _io.Sink,
+    entry: dict[str, Any],
 ) -> None:
     from rbkit.formats.rows import RowChecker
 
@@ -201,7 +260,9 @@ def _invert_stream(
             progress.advance(chunk.count)
 
 
-def _invert_chunk(options: dict[str, Any], spec: Inversion, evaluation: Evaluation, side: _Side, chunk: Chunk) -> dict[str, Any]:
+def _invert_chunk(
+    options: dict[str, Any], spec: Inversion, evaluation: Evaluation, side: _Side, chunk: Chunk
+) -> dict[str, Any]:
     import torch
 
     from rbkit.tools import invert as tool
@@ -228,7 +289,13 @@ def _invert_chunk(options: dict[str, Any], spec: Inversion, evaluation: Evaluati
 
 
 def _excite(
-    options: dict[str, Any], spec: Inversion, subject: Model, side: _Side, stream: Any, sink: _io.Sink, entry: dict[str, Any]
+    options: dict[str, Any],
+    spec: Inversion,
+    subject: Model,
+    side: _Side,
+    stream: Any,
+    sink: _io.Sink,
+    entry: dict[str, Any],
 ) -> None:
     """One row per unit; the stream gives the images among which the most exciting are found."""
     import numpy as np
@@ -265,7 +332,9 @@ def _excite(
     sink.write(arrays, _meta(meta, spec, options, subject, entry), last=True)
 
 
-def _meta(meta: dict[str, Any], spec: Inversion, options: dict[str, Any], subject: Model, entry: dict[str, Any]) -> dict[str, Any]:
+def _meta(
+    meta: dict[str, Any], spec: Inversion, options: dict[str, Any], subject: Model, entry: dict[str, Any]
+) -> dict[str, Any]:
     described = {**asdict(spec), "start": options["start"], "model": subject.sha}
     kept = {key: value for key, value in meta.items() if key not in ("part", "sha256")}
     chain = _history.extended(meta.get("history") or [], entry)

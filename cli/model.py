@@ -15,7 +15,7 @@ from rbkit.cli._options import Json, NoHistory, Output
 from rbkit.formats.errors import FormatError, printable
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 ACTIONS = ("import", "export", "show")
 

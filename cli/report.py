@@ -37,11 +37,25 @@ SHEETS = {
 
 
 def report(
-    sources: Annotated[list[str], typer.Argument(metavar="FILE...", help="Records (.jsonl of rb-score), models, and sheets (.png of rb-view).")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="Records (.jsonl of rb-score), models, and sheets (.png of rb-view)."),
+    ],
     title: Annotated[str, typer.Option("--title", metavar="TEXT", help="What the study is of.")] = "study",
-    require: Annotated[bool, typer.Option("--require", help="Status 8 where the study would be worthless; the page is written all the same.")] = False,
-    clean: Annotated[str, typer.Option("--clean", metavar="LOW:HIGH", help="--require: bounds of the standard model's clean accuracy.")] = "0.5:1",
-    figures: Annotated[str | None, typer.Option("--figures", metavar="DIR/", help="Keep the figures as PNG, SVG and PDF too.", show_default=False)] = None,
+    require: Annotated[
+        bool,
+        typer.Option(
+            "--require", help="Status 8 where the study would be worthless; the page is written all the same."
+        ),
+    ] = False,
+    clean: Annotated[
+        str,
+        typer.Option("--clean", metavar="LOW:HIGH", help="--require: bounds of the standard model's clean accuracy."),
+    ] = "0.5:1",
+    figures: Annotated[
+        str | None,
+        typer.Option("--figures", metavar="DIR/", help="Keep the figures as PNG, SVG and PDF too.", show_default=False),
+    ] = None,
     output: OutputFile = "-",
     quiet: Quiet = False,
 ) -> None:
@@ -93,7 +107,9 @@ class _Study:
 
 def _radius(study: _Study) -> float:
     """The radius at which the answer is given: that of the robust model's training, or the middle one attacked."""
-    radii = sorted({float(r["eps"]) for r in study.records if r.get("metric") == "robust_accuracy" and r.get("eps") is not None})
+    radii = sorted(
+        {float(r["eps"]) for r in study.records if r.get("metric") == "robust_accuracy" and r.get("eps") is not None}
+    )
     trained = [float(r["train_eps"]) for r in study.records if r.get("train_eps")]
     if trained and trained[0] in radii:
         return trained[0]
@@ -106,12 +122,16 @@ def _page(study: _Study, title: str, bounds: tuple[float, float], folder: str | 
     reasons = study.failings(bounds)
     parts = [
         "<h1>Does robust training make a classifier more interpretable?</h1>",
-        html.paragraph(f"{title}: one standard and one adversarially trained model; every interval is 95 %.", kind="sub"),
+        html.paragraph(
+            f"{title}: one standard and one adversarially trained model; every interval is 95 %.", kind="sub"
+        ),
         html.paragraph(answer(study), kind="answer"),
     ]
     if reasons:
         parts.append(html.paragraph("This study decides nothing: " + "; ".join(reasons) + ".", kind="answer alarm"))
-    parts += _accuracy_section(study, folder) + _map_section(study, folder) + _sheet_section(study) + _made_section(study)
+    parts += (
+        _accuracy_section(study, folder) + _map_section(study, folder) + _sheet_section(study) + _made_section(study)
+    )
     return html.page(f"rbkit: {title}", parts)
 
 
@@ -128,7 +148,9 @@ def answer(study: _Study) -> str:
 
     base, hard = (accuracies(study.records, standard=s) for s in (True, False))
     rows = interpretability(paired(study.records))
-    better, worse, open_ = (sorted({_what(r) for r in rows if r["verdict"] == v}) for v in ("robust", "standard", "open"))
+    better, worse, open_ = (
+        sorted({_what(r) for r in rows if r["verdict"] == v}) for v in ("robust", "standard", "open")
+    )
     eps = study.eps
     text = (
         f"At radius {eps:g} the standard model keeps {_share(base['robust'].get(eps))} of its images "
@@ -157,7 +179,8 @@ def _accuracy_section(study: _Study, folder: str | None) -> list[str]:
     rows = [
         [figures.model_name(r), r["metric"].replace("_", " "), f"{r['norm']} {r['eps']:g}", _share(r), str(r["n"])]
         for r in study.records
-        if r.get("kind") == "adversarial" and r["metric"] in ("clean_accuracy", "robust_accuracy", "robust_accuracy_png")
+        if r.get("kind") == "adversarial"
+        and r["metric"] in ("clean_accuracy", "robust_accuracy", "robust_accuracy_png")
     ]
     parts = [html.heading("Accuracy"), html.table(["model", "metric", "attack", "accuracy (95 %)", "n"], _unique(rows))]
     files = " ".join(study.files)
@@ -215,7 +238,11 @@ def _map_section(study: _Study, folder: str | None) -> list[str]:
         ])  # fmt: skip
     heads = ["metric", "of", "standard (95 %)", "robust (95 %)", "chance", "better", "n", "verdict"]
     parts = [html.heading("Interpretability"), html.table(heads, rows, marked=7)]
-    parts.append(html.paragraph("Chance is a random map on the same images. A verdict is given only where the two intervals do not touch."))
+    parts.append(
+        html.paragraph(
+            "Chance is a random map on the same images. A verdict is given only where the two intervals do not touch."
+        )
+    )
     files = " ".join(study.files)
     for metric in BARS:
         caption = f"{WORDS[metric][0].upper()}{WORDS[metric][1:]}, by method; dotted: a random map on the same images."
@@ -235,7 +262,11 @@ def _sheet_section(study: _Study) -> list[str]:
         stems = [Path(m).with_suffix("") for m, _ in study.models]
         ending = "rbs" if kind == "attacked" else "safetensors"
         sources = " ".join(f"{stem}.{kind}.{ending}" for stem in stems)
-        parts.append(html.picture(raw, caption=SHEETS.get(kind, kind), command=f"rb-view {sources} --rows 12 -o {Path(name).name}"))
+        parts.append(
+            html.picture(
+                raw, caption=SHEETS.get(kind, kind), command=f"rb-view {sources} --rows 12 -o {Path(name).name}"
+            )
+        )
     return parts
 
 

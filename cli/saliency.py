@@ -47,22 +47,49 @@ OF = ("auto", "image", "adversarial")
 def saliency(
     model: ModelFile,
     source: Source = "-",
-    method: Annotated[str, typer.Option("--method", metavar="|".join(METHODS), help="shap: expected gradients.")] = "gradient",
-    target: Annotated[str, typer.Option("--target", metavar="predicted|label|K", help="Which class is explained.")] = "predicted",
+    method: Annotated[
+        str, typer.Option("--method", metavar="|".join(METHODS), help="shap: expected gradients.")
+    ] = "gradient",
+    target: Annotated[
+        str, typer.Option("--target", metavar="predicted|label|K", help="Which class is explained.")
+    ] = "predicted",
     explain: Annotated[str, typer.Option("--explain", metavar="|".join(OUTPUTS), help="What of that class.")] = "logit",
-    of: Annotated[str, typer.Option("--of", metavar="|".join(OF), help="auto: adversarial where present, else image.")] = "auto",
+    of: Annotated[
+        str, typer.Option("--of", metavar="|".join(OF), help="auto: adversarial where present, else image.")
+    ] = "auto",
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="ig: intervals of the path.")] = 50,
     tolerance: Annotated[
         float | None,
-        typer.Option("--ig-tolerance", metavar="X", min=0, help="ig: double the steps until the completeness error is below X times the change of output.", show_default=False),
+        typer.Option(
+            "--ig-tolerance",
+            metavar="X",
+            min=0,
+            help="ig: double the steps until the completeness error is below X times the change of output.",
+            show_default=False,
+        ),
     ] = None,
-    max_steps: Annotated[int, typer.Option("--max-steps", metavar="N", min=1, help="ig: where --ig-tolerance gives up.")] = 1600,
-    baseline: Annotated[str, typer.Option("--baseline", metavar="|".join(BASELINES), help="ig: start of the path; data takes --background.")] = "black",
-    baselines: Annotated[int, typer.Option("--baselines", metavar="N", min=1, help="ig: draws of uniform or data to average over.")] = 1,
-    samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="smoothgrad, shap: draws per image.")] = 50,
+    max_steps: Annotated[
+        int, typer.Option("--max-steps", metavar="N", min=1, help="ig: where --ig-tolerance gives up.")
+    ] = 1600,
+    baseline: Annotated[
+        str,
+        typer.Option("--baseline", metavar="|".join(BASELINES), help="ig: start of the path; data takes --background."),
+    ] = "black",
+    baselines: Annotated[
+        int, typer.Option("--baselines", metavar="N", min=1, help="ig: draws of uniform or data to average over.")
+    ] = 1,
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", min=1, help="smoothgrad, shap: draws per image.")
+    ] = 50,
     sigma: Annotated[str, typer.Option("--sigma", metavar="X", help="smoothgrad: noise in [0, 1] pixels.")] = "0.1",
     background: Annotated[
-        str | None, typer.Option("--background", metavar="FILE", help="shap, baseline data: a stream of reference images.", show_default=False)
+        str | None,
+        typer.Option(
+            "--background",
+            metavar="FILE",
+            help="shap, baseline data: a stream of reference images.",
+            show_default=False,
+        ),
     ] = None,
     seed: Seed = 0,
     block: Block = BLOCK,
@@ -88,7 +115,9 @@ def saliency(
     subject = load_model(model, archs=arch, device=place)
     reference = _background(background, subject, max_document, place)
     inputs = {} if background is None else {"background": side_digest(background)}
-    entry = _history.entry("rb-saliency", {k: v for k, v in options.items() if k != "background"}, model=subject.sha, inputs=inputs)
+    entry = _history.entry(
+        "rb-saliency", {k: v for k, v in options.items() if k != "background"}, model=subject.sha, inputs=inputs
+    )
     stream = _io.chunks(source, shard=part, max_document=max_document)
     with _io.Sink(output, no_history=no_history) as sink:
         _explain_stream(options, spec, subject, reference, stream, sink, entry)
@@ -107,7 +136,9 @@ def _spec(options: dict[str, Any]) -> Saliency:
     if options["baseline"] == "data" and options["background"] is None:
         raise Usage("--baseline data needs --background FILE")
     if options["baselines"] > 1 and options["baseline"] not in ("uniform", "data"):
-        raise Usage(f"--baselines {options['baselines']} goes with --baseline uniform or data; {options['baseline']} has one")
+        raise Usage(
+            f"--baselines {options['baselines']} goes with --baseline uniform or data; {options['baseline']} has one"
+        )
     return Saliency(
         options["method"], output=options["explain"], steps=options["steps"], samples=options["samples"],
         sigma=_values.number(options["sigma"], option="--sigma"), baseline=options["baseline"], baselines=options["baselines"],
@@ -136,7 +167,13 @@ def _background(path: str | None, subject: Model, max_document: int, device: tor
 
 
 def _explain_stream(
-    options: dict[str, Any], spec: Saliency, subject: Model, reference: Any, stream: Any, sink: _io.Sink, entry: dict[str, Any]
+    options: dict[str, Any],
+    spec: Saliency,
+    subject: Model,
+    reference: Any,
+    stream: Any,
+    sink: _io.Sink,
+    entry: dict[str, Any],
 ) -> None:
     from rbkit.formats.rows import RowChecker
 

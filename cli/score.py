@@ -45,21 +45,65 @@ def score(
     sources: Sources = None,
     models: ModelFiles = None,
     arch: ArchName = None,
-    judge: Annotated[str | None, typer.Option("--judge", metavar="FILE", help="Independent model that judges inversions.", show_default=False)] = None,
-    background: Annotated[str | None, typer.Option("--background", metavar="FILE", help="Reference images, to explain again by shap.", show_default=False)] = None,
-    metrics: Annotated[str | None, typer.Option("--metrics", metavar="A,B,...", help="Only these; default all that apply.", show_default=False)] = None,
-    bands: Annotated[bool, typer.Option("--bands/--no-bands", help="Chance values of attribution metrics from the same images.")] = True,
-    reduce: Annotated[str, typer.Option("--reduce", metavar="auto|signed|abs", help="Channels of a map: sum, or sum of absolute values; auto: signed for ig, shap, input-x-gradient.")] = "auto",
-    n: Annotated[int | None, typer.Option("--n", metavar="N", min=1, help="Judge a seeded sample of N rows of each stream.", show_default=False)] = None,
-    expect: Annotated[list[str] | None, typer.Option("--expect", metavar="'METRIC >= X'", help="Gate: status 8 if it fails, 9 if undecided; may be repeated.", show_default=False)] = None,
-    per_example: Annotated[bool, typer.Option("--per-example", help="One line per image instead: name, prediction, values.")] = False,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", metavar="FILE", help="Independent model that judges inversions.", show_default=False),
+    ] = None,
+    background: Annotated[
+        str | None,
+        typer.Option(
+            "--background", metavar="FILE", help="Reference images, to explain again by shap.", show_default=False
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option("--metrics", metavar="A,B,...", help="Only these; default all that apply.", show_default=False),
+    ] = None,
+    bands: Annotated[
+        bool, typer.Option("--bands/--no-bands", help="Chance values of attribution metrics from the same images.")
+    ] = True,
+    reduce: Annotated[
+        str,
+        typer.Option(
+            "--reduce",
+            metavar="auto|signed|abs",
+            help="Channels of a map: sum, or sum of absolute values; auto: signed for ig, shap, input-x-gradient.",
+        ),
+    ] = "auto",
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "--n", metavar="N", min=1, help="Judge a seeded sample of N rows of each stream.", show_default=False
+        ),
+    ] = None,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--expect",
+            metavar="'METRIC >= X'",
+            help="Gate: status 8 if it fails, 9 if undecided; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    per_example: Annotated[
+        bool, typer.Option("--per-example", help="One line per image instead: name, prediction, values.")
+    ] = False,
     json_: Json = False,
     block: Block = BLOCK,
     shard: Shard = None,
     device: Device = "auto",
     threads: Threads = None,
     max_document: MaxDocument = DOCUMENT_LIMIT,
-    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Also keep the values per example: a stream of scores that merges by cat.", show_default=False)] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Also keep the values per example: a stream of scores that merges by cat.",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Quiet = False,
     no_history: NoHistory = False,
 ) -> None:
@@ -95,7 +139,14 @@ def _metric_names(text: str) -> list[str]:
 class _Run:
     """A pass over the inputs: batches are judged by each model and their values pooled."""
 
-    def __init__(self, options: dict[str, Any], names: list[str] | None, subjects: list[Model], referee: Model | None, device: Any) -> None:
+    def __init__(
+        self,
+        options: dict[str, Any],
+        names: list[str] | None,
+        subjects: list[Model],
+        referee: Model | None,
+        device: Any,
+    ) -> None:
         from rbkit.tools.pool import Pools
 
         self.options, self.names, self.device = options, names, device
@@ -238,11 +289,17 @@ def _batch(chunk: Chunk, evaluation: Any, run: _Run) -> Batch:
 
     attack, described = chunk.meta.get("attack") or {}, chunk.meta.get("saliency") or {}
     image = as_float(tensor("image"))
-    spec = Saliency(**{k: v for k, v in described.items() if k in Saliency.__dataclass_fields__}) if described.get("method") else None
+    spec = (
+        Saliency(**{k: v for k, v in described.items() if k in Saliency.__dataclass_fields__})
+        if described.get("method")
+        else None
+    )
     reduce = run.options["reduce"]
     signed = reduce == "signed" or (reduce == "auto" and described.get("method") in SIGNED)
     of = described.get("of", "image")
-    explained = None if "attribution" not in chunk.arrays else as_float(tensor(of) if of in chunk.arrays else tensor("image"))
+    explained = (
+        None if "attribution" not in chunk.arrays else as_float(tensor(of) if of in chunk.arrays else tensor("image"))
+    )
     inversion = chunk.meta.get("inversion") or {}
     return Batch(
         evaluation, tensor("id"), image, label=tensor("label"), adversarial=tensor("adversarial"), norm=attack.get("norm", "l2"),
@@ -262,7 +319,12 @@ def _about(chunk: Chunk, model: Model, batch: Batch) -> dict[str, Any]:
     }  # fmt: skip
     attack = chunk.meta.get("attack")
     if attack:
-        about |= {"attack": attack["name"], "norm": attack["norm"], "eps": attack["eps"], "crafted_on": attack.get("model")}
+        about |= {
+            "attack": attack["name"],
+            "norm": attack["norm"],
+            "eps": attack["eps"],
+            "crafted_on": attack.get("model"),
+        }
     for kind, key in (("attributions", "saliency"), ("inversions", "inversion"), ("adversarial", "attack")):
         if chunk.meta["kind"] == kind:
             about["params"] = {k: v for k, v in (chunk.meta.get(key) or {}).items() if k != "model"}
@@ -285,7 +347,12 @@ def _lines(chunk: Chunk, model: Model, batch: Batch, columns: dict[str, Any]) ->
     lines = []
     for row in range(chunk.count):
         k = int(predicted[row])
-        line: dict[str, Any] = {"id": int(chunk.arrays["id"][row]), "name": names[row], "model_sha": model.sha, "predicted": k}
+        line: dict[str, Any] = {
+            "id": int(chunk.arrays["id"][row]),
+            "name": names[row],
+            "model_sha": model.sha,
+            "predicted": k,
+        }
         line |= {"class": classes[k] if classes else None, "confidence": float(confidence[row])}
         if batch.label is not None:
             line["label"] = int(batch.label[row])
@@ -310,7 +377,9 @@ def _finish(run: _Run, gates: list[_gates.Gate], options: dict[str, Any]) -> Non
         _gates.judge(gates, run.pools.records(confidence=_gates.CONFIDENCE))
     if left:
         worst = max(left, key=lambda r: r["value"])
-        raise Numbers(f"{round(worst['value'] * worst['n'])} of {worst['n']} adversarial images lie outside the ball or the box")
+        raise Numbers(
+            f"{round(worst['value'] * worst['n'])} of {worst['n']} adversarial images lie outside the ball or the box"
+        )
 
 
 def _keep(run: _Run, options: dict[str, Any]) -> None:
@@ -320,7 +389,12 @@ def _keep(run: _Run, options: dict[str, Any]) -> None:
         for pool in run.pools.pools.values():
             ids, columns = pool.joined()
             totals = [t for t in pool.totals.values() if t is not None]
-            meta = {"kind": "scores", "first": pool.first, "total": sum(totals) if totals else len(ids), "scores": {"about": pool.about}}
+            meta = {
+                "kind": "scores",
+                "first": pool.first,
+                "total": sum(totals) if totals else len(ids),
+                "scores": {"about": pool.about},
+            }
             meta["history"] = _history.extended(run.history, entry)
             arrays = {"id": ids.numpy(), **{PREFIX + name: values.numpy() for name, values in columns.items()}}
             sink.write(arrays, meta, last=True)

@@ -19,7 +19,13 @@ def view(
     sources: Sources = None,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="The most rows of a contact sheet.")] = 24,
     metric: Annotated[
-        str | None, typer.Option("--metric", metavar="NAME", help="Records: bars of this metric instead of accuracy curves.", show_default=False)
+        str | None,
+        typer.Option(
+            "--metric",
+            metavar="NAME",
+            help="Records: bars of this metric instead of accuracy curves.",
+            show_default=False,
+        ),
     ] = None,
     output: Output = "-",
     max_document: MaxDocument = DOCUMENT_LIMIT,

@@ -65,8 +65,13 @@ def accuracy_curves(records: Sequence[dict[str, Any]], *, form: str) -> bytes:
             points.setdefault(0.0, clean)
         xs = sorted(points)
         ys = [points[x]["value"] for x in xs]
-        error = [[y - (points[x]["low"] or y) for x, y in zip(xs, ys, strict=True)], [(points[x]["high"] or y) - y for x, y in zip(xs, ys, strict=True)]]
-        axes.errorbar(xs, ys, yerr=error, marker="o", capsize=3, color=COLOURS[number % len(COLOURS)], label=model_name(group[0]))
+        error = [
+            [y - (points[x]["low"] or y) for x, y in zip(xs, ys, strict=True)],
+            [(points[x]["high"] or y) - y for x, y in zip(xs, ys, strict=True)],
+        ]
+        axes.errorbar(
+            xs, ys, yerr=error, marker="o", capsize=3, color=COLOURS[number % len(COLOURS)], label=model_name(group[0])
+        )
     axes.set(xlabel=f"eps ({chosen[0].get('norm')}, [0, 1] pixels)", ylabel="accuracy", ylim=(0, 1))
     axes.legend(frameon=False, fontsize=8)
     return render(figure, form=form)
@@ -107,12 +112,26 @@ def training_curves(models: Sequence[dict[str, Any]], *, form: str) -> bytes:
     for number, meta in enumerate(models):
         epochs = meta.get("epochs") or []
         recipe = meta.get("recipe") or {}
-        name = model_name({"train_method": recipe.get("method"), "train_eps": recipe.get("eps"), "train_norm": recipe.get("norm"), "train_seed": recipe.get("seed")})
+        name = model_name(
+            {
+                "train_method": recipe.get("method"),
+                "train_eps": recipe.get("eps"),
+                "train_norm": recipe.get("norm"),
+                "train_seed": recipe.get("seed"),
+            }
+        )
         for key, style, word in (("val_accuracy", "-", "clean"), ("val_robust_accuracy", "--", "robust")):
             points = [(r["epoch"], r[key]) for r in epochs if key in r]
             if points:
                 drawn = True
-                axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=COLOURS[number % len(COLOURS)], label=f"{name}, {word}")
+                axes.plot(
+                    *zip(*points, strict=True),
+                    style,
+                    marker="o",
+                    markersize=3,
+                    color=COLOURS[number % len(COLOURS)],
+                    label=f"{name}, {word}",
+                )
     if not drawn:
         raise ValueError("no model has a validation record")
     axes.set(xlabel="epoch", ylabel="validation accuracy", ylim=(0, 1))

@@ -42,13 +42,25 @@ def paired(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         difference = record["value"] - other["value"]
         gain = difference if record["better"] == "higher" else -difference
         verdict = ("robust" if gain > 0 else "standard") if separated(record, other) else "open"
-        rows.append({"metric": record["metric"], "standard": other, "robust": record, "difference": difference, "verdict": verdict})
+        rows.append(
+            {
+                "metric": record["metric"],
+                "standard": other,
+                "robust": record,
+                "difference": difference,
+                "verdict": verdict,
+            }
+        )
     return rows
 
 
 def interpretability(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The pairs that are about attributions and inversions."""
-    return [r for r in rows if r["metric"] not in (*SANITY, *ROBUSTNESS) and r["robust"].get("kind") in ("attributions", "inversions")]
+    return [
+        r
+        for r in rows
+        if r["metric"] not in (*SANITY, *ROBUSTNESS) and r["robust"].get("kind") in ("attributions", "inversions")
+    ]
 
 
 def accuracies(records: list[dict[str, Any]], *, standard: bool) -> dict[str, Any]:
@@ -59,7 +71,9 @@ def accuracies(records: list[dict[str, Any]], *, standard: bool) -> dict[str, An
     return {"clean": clean, "robust": dict(sorted(robust.items()))}
 
 
-def failings(records: list[dict[str, Any]], *, eps: float, clean: tuple[float, float], gap: float = 0.3, weak: float = 0.2) -> list[str]:
+def failings(
+    records: list[dict[str, Any]], *, eps: float, clean: tuple[float, float], gap: float = 0.3, weak: float = 0.2
+) -> list[str]:
     """Why a study of a standard and a robust model is worthless, if it is: one sentence per reason.
 
     The standard model must lie within `clean` on clean images and below `weak` under attack at eps, the robust one at
@@ -73,9 +87,13 @@ def failings(records: list[dict[str, Any]], *, eps: float, clean: tuple[float, f
     if not clean[0] <= value <= clean[1]:
         found.append(f"the standard model's clean accuracy is {value:.3f}, expected {clean[0]:g} to {clean[1]:g}")
     if attacked >= weak:
-        found.append(f"the standard model's accuracy under attack is {attacked:.3f}, expected below {weak:g}: a weak attack?")
+        found.append(
+            f"the standard model's accuracy under attack is {attacked:.3f}, expected below {weak:g}: a weak attack?"
+        )
     if robust < attacked + gap:
-        found.append(f"the robust model's accuracy under attack is {robust:.3f}, expected at least {attacked + gap:.3f}")
+        found.append(
+            f"the robust model's accuracy under attack is {robust:.3f}, expected at least {attacked + gap:.3f}"
+        )
     if not any(row["verdict"] != "open" for row in interpretability(paired(records))):
         found.append("no interpretability metric separates the two models outside its interval")
     return found

@@ -107,7 +107,9 @@ def differentiable(evaluation: Evaluation, spec: Inversion, images: Tensor) -> E
     return fake_last_relu(evaluation, block)
 
 
-def _best_of(objective: Objective, spec: Inversion, ids: Tensor, starts: list[Tensor], context: dict[str, Tensor], block: int) -> Outcome:
+def _best_of(
+    objective: Objective, spec: Inversion, ids: Tensor, starts: list[Tensor], context: dict[str, Tensor], block: int
+) -> Outcome:
     """Climb from each list of starts and keep the best per example."""
     best = ascend(objective, spec.plan(), Batch(ids, starts[0], context), block=block)
     for start in starts[1:]:
@@ -118,7 +120,9 @@ def _best_of(objective: Objective, spec: Inversion, ids: Tensor, starts: list[Te
     return best
 
 
-def invert(evaluation: Evaluation, images: Tensor, starts: list[Tensor], spec: Inversion, *, ids: Tensor) -> tuple[Tensor, Tensor]:
+def invert(
+    evaluation: Evaluation, images: Tensor, starts: list[Tensor], spec: Inversion, *, ids: Tensor
+) -> tuple[Tensor, Tensor]:
     """Images whose representation is that of `images`: (inverted (N, C, H, W), relative latent error (N,)).
 
     starts: one (N, C, H, W) per restart. Starting from the images themselves returns them with loss 0 (I3).
@@ -130,7 +134,9 @@ def invert(evaluation: Evaluation, images: Tensor, starts: list[Tensor], spec: I
     return outcome.images, -outcome.value
 
 
-def class_images(evaluation: Evaluation, labels: Tensor, starts: list[Tensor], spec: Inversion, *, ids: Tensor) -> tuple[Tensor, Tensor]:
+def class_images(
+    evaluation: Evaluation, labels: Tensor, starts: list[Tensor], spec: Inversion, *, ids: Tensor
+) -> tuple[Tensor, Tensor]:
     """Images that the model holds for typical of `labels`: (images (N, C, H, W), loss (N,))."""
     objective = class_objective(differentiable(evaluation, spec, starts[0]), kind=spec.objective)
     outcome = _best_of(objective, spec, ids, starts, {"label": labels}, evaluation.block)
@@ -189,7 +195,9 @@ def draw_seeds(seeds: ClassSeeds, labels: Tensor, *, ids: Tensor, seed: int, dra
 def top_images(evaluation: Evaluation, images: Tensor, units: Tensor, *, layer: str | None, count: int) -> Tensor:
     """Indices of the `count` images that excite each unit most, (U, count)."""
     with torch.no_grad():
-        found = in_blocks(lambda x: unit_activations(evaluation.features(x, layer=layer)), images, block=evaluation.block)
+        found = in_blocks(
+            lambda x: unit_activations(evaluation.features(x, layer=layer)), images, block=evaluation.block
+        )
     if int(units.max()) >= found.shape[1]:
         raise ValueError(f"unit {int(units.max())}: the layer has units 0 to {found.shape[1] - 1}")
     return found[:, units].topk(min(count, len(images)), dim=0).indices.T

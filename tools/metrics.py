@@ -144,7 +144,9 @@ def _flip_curve(batch: Batch, order: Tensor, *, insert: bool, fill: Tensor) -> T
     """
     assert batch.explained is not None and batch.target is not None
     n, channels, height, width = batch.explained.shape
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(height * width, device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(height * width, device=order.device).expand_as(order)
+    )
     counts = torch.linspace(0, height * width, GRID, device=order.device).round().long()
     rows = torch.arange(n, device=order.device).repeat_interleave(GRID)
     wanted = counts.repeat(n)

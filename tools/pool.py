@@ -41,7 +41,9 @@ class Pool:
             raise ValueError(f"id {shown} appears twice among rows of the same model, attack and parameters")
         if self.ids and set(columns) != set(self.columns):
             odd = sorted(set(columns) ^ set(self.columns))
-            raise ValueError(f"streams of one pool differ in what can be scored ({', '.join(odd[:3])}); score them apart")
+            raise ValueError(
+                f"streams of one pool differ in what can be scored ({', '.join(odd[:3])}); score them apart"
+            )
         if not self.ids:
             self.first = first
         self.seen |= fresh
@@ -66,7 +68,13 @@ class Pool:
         """A record per metric."""
         ids, columns = self.joined()
         names = [name for name in columns if "@" not in name]
-        means = dict(zip(columns, bootstrap_means(ids, torch.stack(list(columns.values()), 1), confidence=confidence), strict=True))
+        means = dict(
+            zip(
+                columns,
+                bootstrap_means(ids, torch.stack(list(columns.values()), 1), confidence=confidence),
+                strict=True,
+            )
+        )
         found = []
         for name in names:
             interval = means[name]
@@ -94,7 +102,11 @@ class Pool:
             return None
         both = torch.stack([columns[name] for name in pair], 1)
         both = both[~both.isnan().any(1)]
-        value = float(stats.spearmanr(both[:, 0], both[:, 1]).statistic) if len(both) > 2 and bool((both.std(0) > 0).all()) else None
+        value = (
+            float(stats.spearmanr(both[:, 0], both[:, 1]).statistic)
+            if len(both) > 2 and bool((both.std(0) > 0).all())
+            else None
+        )
         record = {
             "metric": f"{pair[0]}_agreement", "value": value, "low": None, "high": None, "n": len(both),
             "unit": "rank correlation", "better": "higher", "source": "Tomsett et al. 2020", "complete": self.complete, **self.about,
@@ -131,7 +143,9 @@ class Pools:
     def records(self, *, confidence: float = 0.95) -> list[dict[str, Any]]:
         """Records of all pools, then those of the worst case over attacks of the same ball."""
         own = [record for pool in self.pools.values() for record in pool.records(confidence=confidence)]
-        return own + [r for pool in self._worst() for r in pool.records(confidence=confidence) if r["metric"] == "robust_accuracy"]
+        return own + [
+            r for pool in self._worst() for r in pool.records(confidence=confidence) if r["metric"] == "robust_accuracy"
+        ]
 
     def _worst(self) -> list[Pool]:
         """The pointwise worst case over attacks on the same model, norm and eps (trap A12)."""
@@ -148,7 +162,11 @@ def _same_rows(family: list[Pool]) -> bool:
 
 
 def _pointwise(family: list[Pool]) -> Pool:
-    about = {**family[0].about, "attack": "worst", "params": {"over": sorted(str(p.about.get("attack")) for p in family)}}
+    about = {
+        **family[0].about,
+        "attack": "worst",
+        "params": {"over": sorted(str(p.about.get("attack")) for p in family)},
+    }
     joined = [pool.joined() for pool in family]
     worst = torch.stack([columns["robust_accuracy"] for _, columns in joined]).amin(0)
     pool = Pool(about, first=family[0].first)

@@ -126,7 +126,9 @@ def input_x_gradient(evaluation: Evaluation, images: Tensor, target: Tensor, spe
     return explained
 
 
-def smoothgrad(evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, ids: Tensor, **_: Tensor) -> Explained:
+def smoothgrad(
+    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, ids: Tensor, **_: Tensor
+) -> Explained:
     """Mean gradient under Gaussian noise of `sigma` (Smilkov et al. 2017); noise is keyed by (seed, id, draw)."""
     shape = tuple(images.shape[1:])
     share = torch.tensor(1.0 / spec.samples, device=images.device)
@@ -176,7 +178,13 @@ def baseline_of(
 
 
 def _path_sum(
-    evaluation: Evaluation, images: Tensor, base: Tensor, target: Tensor, spec: Saliency, alphas: Tensor, weights: Tensor
+    evaluation: Evaluation,
+    images: Tensor,
+    base: Tensor,
+    target: Tensor,
+    spec: Saliency,
+    alphas: Tensor,
+    weights: Tensor,
 ) -> Tensor:
     """Sum of weight x gradient along the straight path from `base`, times the whole step."""
 
@@ -220,7 +228,13 @@ def _refine(
 
 
 def integrated_gradients(
-    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, ids: Tensor, background: Tensor | None = None
+    evaluation: Evaluation,
+    images: Tensor,
+    target: Tensor,
+    spec: Saliency,
+    *,
+    ids: Tensor,
+    background: Tensor | None = None,
 ) -> Explained:
     """Integrated gradients (Sundararajan et al. 2017, eq. 1) by the trapezoid rule, averaged over baselines.
 
@@ -245,7 +259,13 @@ def integrated_gradients(
 
 
 def expected_gradients(
-    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, ids: Tensor, background: Tensor | None = None
+    evaluation: Evaluation,
+    images: Tensor,
+    target: Tensor,
+    spec: Saliency,
+    *,
+    ids: Tensor,
+    background: Tensor | None = None,
 ) -> Explained:
     """SHAP values by expected gradients (Erion et al. 2021; Lundberg's GradientExplainer).
 
@@ -282,7 +302,13 @@ METHODS: dict[str, Callable[..., Explained]] = {
 
 
 def explain(
-    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, ids: Tensor, background: Tensor | None = None
+    evaluation: Evaluation,
+    images: Tensor,
+    target: Tensor,
+    spec: Saliency,
+    *,
+    ids: Tensor,
+    background: Tensor | None = None,
 ) -> Explained:
     """Attributions of `images` for `target` by the method of `spec`. Shapes: images (N, C, H, W), target and ids (N,)."""
     return METHODS[spec.method](evaluation, images, target, spec, ids=ids, background=background)

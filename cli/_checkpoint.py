@@ -74,7 +74,7 @@ class Job:
 def _data_digest(data: Data) -> str:
     sha = hashlib.sha256()
     for tensor in (data.ids, data.label, data.image):
-        sha.update(memoryview(tensor.cpu().contiguous().numpy()).cast("B"))
+        sha.update(tensor.cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 

@@ -85,9 +85,10 @@ def reason(error: BaseException) -> str:
 @contextmanager
 def blame(kind: type[Failure], *errors: type[BaseException], prefix: str = "") -> Iterator[None]:
     """Turn the given errors raised inside into a `kind` of failure."""
+    caught = errors or (ValueError,)
     try:
         yield
     except Failure:
         raise
-    except errors or (ValueError,) as error:
+    except caught as error:
         raise kind(prefix + reason(error)) from error

@@ -39,7 +39,7 @@ def open_bytes(source: str) -> tuple[BinaryIO, str]:
         with blame(Input, OSError):
             if Path(source).is_dir():
                 raise Input(f"{source}: is a folder, expected a file; try rb-data folder {source}")
-            return open(source, "rb", buffering=0), source
+            return Path(source).open("rb", buffering=0), source
     if os.isatty(0):
         raise Usage("standard input is a terminal; give a file, or pipe a stream in")
     _widen(0)

@@ -73,7 +73,8 @@ class PictureWriter:
         common = [i for i in streams[0] if all(i in s for s in streams)] if streams else []
         if len(streams) > 1 and not common:  # nothing to pair: one below the other
             streams, common = [dict(enumerate(self.kept))], list(range(len(self.kept)))
-        rows, heads = [], []
+        rows: list[sheet.Row] = []
+        heads: list[str] = []
         for identity in common:
             cells: list[np.ndarray] = []
             captions: list[str] = []

@@ -199,7 +199,7 @@ def _attack_stream(options: dict[str, Any], eps: float, victim: Model, stream: I
     history = _history.entry("rb-attack", _recorded(options, spec), model=victim.sha)
     total: int | None = None
     with Progress("rb-attack", total=total, unit="images", quiet=options["quiet"]) as progress:
-        poll = _poll(ahead, evaluation.model.mean.device, options)
+        poll = _poll(ahead, evaluation.device, options)
         for chunk, result in _io.guarded(lambda: tool.run(evaluation, spec, poll)):
             arrays = {**chunk.arrays, **_columns(chunk, result)}
             sink.write(arrays, _meta(chunk, spec, victim, history), last=chunk.last)
@@ -220,7 +220,7 @@ def _poll(ahead: _io.ReadAhead, device: Any, options: dict[str, Any]) -> Callabl
         if chunk is None:
             return None
         clean = as_float(to_tensor(chunk.arrays["image"], device))
-        context = {
+        context: dict[str, torch.Tensor] = {
             name: to_tensor(chunk.arrays[name], device) for name in ("label", "adversarial") if name in chunk.arrays
         }
         if options["target"] is not None:

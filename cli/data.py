@@ -221,8 +221,8 @@ def _piped_pngs(options: dict[str, Any]) -> DataSet:
     for picture in png.read_many(file, name=name, start=start, max_pixels=options["max_pixels"]):
         pixels = picture.pixels
         if options["size"]:
-            image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-            pixels = png.to_pixels(folder.fit(image, options["size"]))
+            picture_ = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+            pixels = png.to_pixels(folder.fit(picture_, options["size"]))
         pictures.append(folder.recolour(pixels, _channels(options)))
     image = folder.stack(pictures, [f"{name}: image {i + 1}" for i in range(len(pictures))])
     label = None if options["label"] is None else np.full(len(image), options["label"])

@@ -268,7 +268,7 @@ def _invert_chunk(
     from rbkit.tools import invert as tool
     from rbkit.tools.train import as_float
 
-    device = evaluation.model.mean.device
+    device = evaluation.device
     images, ids = as_float(to_tensor(chunk.arrays["image"], device)), to_tensor(chunk.arrays["id"], device)
     labels = to_tensor(chunk.arrays["label"], device) if "label" in chunk.arrays else None
     if options["class_"] is not None:
@@ -282,7 +282,7 @@ def _invert_chunk(
             made, loss = tool.class_images(evaluation, labels, starts, spec, ids=ids)
         else:
             made, loss = tool.invert(evaluation, images, starts, spec, ids=ids)
-    added = {"inverted": made, "start": starts[0], "loss": loss}
+    added: dict[str, Any] = {"inverted": made, "start": starts[0], "loss": loss}
     if options["class_"] is not None:
         added["label"] = labels
     return {**chunk.arrays, **{name: t.detach().cpu().numpy() for name, t in added.items()}}
@@ -315,7 +315,7 @@ def _excite(
     known = np.concatenate([c.arrays["id"] for c in chunks])
     if not len(known):
         raise Input("no rows; exciting units needs images to compare with")
-    device = evaluation.model.mean.device
+    device = evaluation.device
     numbers = [int(v) for v in _values.numbers(options["units"], option="--units")]
     units = torch.tensor(numbers, device=device)
     images = as_float(torch.from_numpy(shown).to(device))

@@ -195,7 +195,7 @@ def _explain_chunk(
     from rbkit.tools.saliency import explain
     from rbkit.tools.train import as_float
 
-    device = evaluation.model.mean.device
+    device = evaluation.device
     of = options["of"] if options["of"] != "auto" else "adversarial" if "adversarial" in chunk.arrays else "image"
     if of not in chunk.arrays:
         raise Input(f"{chunk.place}: no tensor named {of}; try --of image")

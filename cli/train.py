@@ -203,7 +203,8 @@ def _read(source: str, max_document: int, device: torch.device) -> tuple[Data, d
     from rbkit.formats.rows import RowChecker
     from rbkit.tools.train import Data
 
-    checker, parts, meta = RowChecker(), [], {}
+    checker, parts = RowChecker(), []
+    meta: dict[str, Any] = {}
     for chunk in _io.chunks(source, max_document=max_document):
         with blame(Input, FormatError):
             chunk = checker(chunk)

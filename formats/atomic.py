@@ -7,6 +7,7 @@ same target can tell an orphan and remove it. Devices and FIFOs are written in p
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -85,10 +86,8 @@ class AtomicFile:
         if self.temporary is not None:
             self.temporary.unlink(missing_ok=True)
             self.temporary = None
-        try:
+        with contextlib.suppress(OSError):  # a full disk may refuse the last flush; the file is gone already
             self.file.close()
-        except OSError:
-            pass  # a full disk may refuse the last flush; the file is gone already
 
 
 def _sync_directory(directory: Path) -> None:

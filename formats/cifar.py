@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
 from pathlib import Path
@@ -23,12 +24,17 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np._core.multiarray._reconstruct
+            return _reconstruct()
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
         if module == "_codecs" and name == "encode":  # how Python 3 pickles bytes under protocol 2
             return _latin1_bytes
         raise FormatError(f"a pickle that asks for {printable(module)}.{printable(name)} is not a CIFAR-10 batch")
+
+
+def _reconstruct() -> Any:
+    """numpy's array constructor for pickles, at its address in numpy 2."""
+    return importlib.import_module("numpy._core.multiarray")._reconstruct
 
 
 def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:

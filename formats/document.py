@@ -247,7 +247,7 @@ def dtype_name(array: np.ndarray) -> str:
 def as_bytes(array: np.ndarray) -> memoryview:
     """The array's bytes, little-endian and contiguous, without a copy where none is needed."""
     flat = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    return memoryview(flat.reshape(-1).view(np.uint8))
+    return flat.reshape(-1).view(np.uint8).data
 
 
 def from_bytes(raw: bytes | bytearray | memoryview, info: TensorInfo, *, rows: int | None = None) -> np.ndarray:

@@ -13,6 +13,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -131,7 +132,9 @@ def read(file: BinaryIO, *, name: str, max_pixels: int = MAX_PIXELS) -> Picture:
 
     Raises: FormatError (truncated, corrupt, 16 bits, animated), LimitError (more than `max_pixels`).
     """
-    raw, packed, text = [SIGNATURE], [], {}
+    raw: list[bytes] = [SIGNATURE]
+    packed: list[bytes] = []
+    text: dict[str, Any] = {}
     shape = None
     for kind, body, piece in _chunks(file, name=name, max_bytes=64 * max_pixels):
         if shape is None:
@@ -204,7 +207,7 @@ def read_many(file: BinaryIO, *, name: str, start: bytes, max_pixels: int = MAX_
 
 def open_picture(path: str, *, max_pixels: int = MAX_PIXELS) -> Picture:
     """A PNG file that holds one image. Raises: FormatError, OSError."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         pictures = read_many(file, name=printable(path, limit=200), start=file.read(8), max_pixels=max_pixels)
         picture = next(pictures)
         if next(pictures, None) is not None:

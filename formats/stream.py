@@ -409,7 +409,7 @@ class FileWriter:
         self.meta = {key: value for key, value in meta.items() if key not in DERIVED}
         for name, array in arrays.items():
             self.specs[name] = (document.dtype_name(array), array.shape)
-            self.spools[name] = tempfile.SpooledTemporaryFile(max_size=SPOOL, dir=self.directory)
+            self.spools[name] = tempfile.SpooledTemporaryFile(max_size=SPOOL, dir=self.directory)  # noqa: SIM115
 
     def _check(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         assert self.meta is not None

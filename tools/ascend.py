@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Batch:
     clean: Tensor
     context: dict[str, Tensor]
     skip: Tensor | None = None
-    tag: object = None
+    tag: Any = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -173,7 +173,7 @@ def run(evaluation: Evaluation, spec: Attack, poll: Poll) -> Iterator[tuple[obje
 
     goal = objective(evaluation, spec.loss, targeted=spec.targeted)
     for batch, outcome in flow(goal, spec.plan(), ready, block=evaluation.block):
-        tag, prediction, earlier = batch.tag  # type: ignore[misc]
+        tag, prediction, earlier = batch.tag
         assert batch.skip is not None
         if earlier is not None:
             outcome.images[batch.skip] = earlier[batch.skip]

@@ -143,7 +143,7 @@ def _flip_curve(batch: Batch, order: Tensor, *, insert: bool, fill: Tensor) -> T
     order (N, H W): location indices, first to be flipped first. All channels of a location flip together (M4).
     """
     assert batch.explained is not None and batch.target is not None
-    n, channels, height, width = batch.explained.shape
+    n, _, height, width = batch.explained.shape
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(height * width, device=order.device).expand_as(order)
     )

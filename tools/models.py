@@ -18,6 +18,9 @@ class Classifier(nn.Module):
     Shapes: images (N, C, H, W), mean and std of 1 or C values; logits (N, K).
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, net: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.net = net
@@ -55,6 +58,18 @@ def _single_pairs(net: nn.Module) -> list[tuple[str, str]]:
     return pairs
 
 
+def _convolution(net: nn.Module, name: str) -> nn.Conv2d:
+    found = net.get_submodule(name)
+    assert isinstance(found, nn.Conv2d)
+    return found
+
+
+def _pair(net: nn.Module, conv_name: str, norm_name: str) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    norm = net.get_submodule(norm_name)
+    assert isinstance(norm, nn.BatchNorm2d)
+    return _convolution(net, conv_name), norm
+
+
 class Evaluation(nn.Module):
     """The form in which every tool runs a classifier; rows are computed in padded blocks of a fixed size.
 
@@ -70,7 +85,7 @@ class Evaluation(nn.Module):
         self.model = copy.deepcopy(classifier).eval().requires_grad_(False)
         self.pairs = _single_pairs(self.model.net)
         for conv_name, norm_name in self.pairs:
-            conv = self.model.net.get_submodule(conv_name)
+            conv = _convolution(self.model.net, conv_name)
             if conv.bias is None:
                 conv.bias = nn.Parameter(torch.zeros(conv.out_channels, device=conv.weight.device), requires_grad=False)
             _replace(self.model.net, norm_name, nn.Identity())
@@ -86,13 +101,20 @@ class Evaluation(nn.Module):
             if name.rpartition(".")[0] not in folded:
                 tensor.copy_(source[name])
         for conv_name, norm_name in self.pairs:
-            conv, norm = classifier.net.get_submodule(conv_name), classifier.net.get_submodule(norm_name)
+            conv, norm = _pair(classifier.net, conv_name, norm_name)
+            assert norm.running_mean is not None and norm.running_var is not None
             weight, bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
-            target = self.model.net.get_submodule(conv_name)
+            target = _convolution(self.model.net, conv_name)
+            assert target.bias is not None
             target.weight.copy_(weight)
             target.bias.copy_(bias)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.mean.device
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W) as they come, without blocks: the caller pads."""

@@ -108,14 +108,18 @@ def _rows(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def gradient(evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, **_: Tensor) -> Explained:
+def gradient(
+    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, **unused: Tensor | None
+) -> Explained:
     """The gradient of the output (Simonyan et al. 2014)."""
     one = torch.ones((), device=images.device)
-    total, _ = accumulated(evaluation, images, target, spec, points=1, point=lambda rows, _: (images[rows], one))
+    total, _ = accumulated(evaluation, images, target, spec, points=1, point=lambda rows, numbers: (images[rows], one))
     return Explained(total, target)
 
 
-def input_x_gradient(evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, **_: Tensor) -> Explained:
+def input_x_gradient(
+    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, **unused: Tensor | None
+) -> Explained:
     """Image times gradient (Shrikumar et al. 2016); its completeness error is that of a path from black."""
     explained = gradient(evaluation, images, target, spec)
     explained.attribution = explained.attribution * images
@@ -127,7 +131,7 @@ def input_x_gradient(evaluation: Evaluation, images: Tensor, target: Tensor, spe
 
 
 def smoothgrad(
-    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, ids: Tensor, **_: Tensor
+    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, ids: Tensor, **unused: Tensor | None
 ) -> Explained:
     """Mean gradient under Gaussian noise of `sigma` (Smilkov et al. 2017); noise is keyed by (seed, id, draw)."""
     shape = tuple(images.shape[1:])

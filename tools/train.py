@@ -212,8 +212,8 @@ def _average(average: Classifier, classifier: Classifier, decay: float, step: in
     with torch.no_grad():
         for kept, live in zip(average.parameters(), classifier.parameters(), strict=True):
             kept.lerp_(live, 1 - decay)
-        for kept, live in zip(average.buffers(), classifier.buffers(), strict=True):
-            kept.copy_(live)
+        for buffer, source in zip(average.buffers(), classifier.buffers(), strict=True):
+            buffer.copy_(source)
 
 
 def train_epoch(

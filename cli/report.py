@@ -144,33 +144,33 @@ def _share(record: dict[str, Any] | None) -> str:
 
 def answer(study: _Study) -> str:
     """The study's answer in one paragraph with numbers."""
-    from rbkit.tools.compare import accuracies, interpretability, paired
+    from rbkit.tools.compare import accuracies, by_metric, interpretability, paired
 
     base, hard = (accuracies(study.records, standard=s) for s in (True, False))
     rows = interpretability(paired(study.records))
-    better, worse, open_ = (
-        sorted({_what(r) for r in rows if r["verdict"] == v}) for v in ("robust", "standard", "open")
-    )
+    count = {v: sum(r["verdict"] == v for r in rows) for v in ("robust", "standard", "open")}
     eps = study.eps
     text = (
-        f"At radius {eps:g} the standard model keeps {_share(base['robust'].get(eps))} of its images "
+        f"At radius {eps:g} the standard model keeps {_share(base['robust'].get(eps))} of its images right "
         f"(clean {_share(base['clean'])}), the robust one {_share(hard['robust'].get(eps))} (clean {_share(hard['clean'])}). "
+        f"Of {len(rows)} interpretability comparisons the robust model is better in {count['robust']}, the standard one in "
+        f"{count['standard']}, and {count['open']} stay open. "
     )
-    text += f"Of {len(rows)} interpretability comparisons the robust model is better in {sum(r['verdict'] == 'robust' for r in rows)}, "
-    text += f"the standard one in {sum(r['verdict'] == 'standard' for r in rows)}, and {sum(r['verdict'] == 'open' for r in rows)} stay open. "
-    if better:
-        text += f"Better with robustness: {', '.join(better)}. "
-    if worse:
-        text += f"Worse: {', '.join(worse)}. "
-    if open_ and not better:
-        text += f"Open: {', '.join(open_)}. "
-    return text + "Two models cannot show that robustness is the cause: that takes a population of models."
-
-
-def _what(row: dict[str, Any]) -> str:
-    name = WORDS.get(row["metric"], row["metric"].replace("_", " "))
-    subject = row["robust"].get("method") or row["robust"].get("mode")
-    return f"{name} ({subject})" if subject else name
+    intros = {
+        "robust": "Wherever they decide, these favour the robust model",
+        "standard": "these favour the standard one",
+        "mixed": "the method decides for",
+        "open": "open are",
+    }
+    groups = by_metric(rows)
+    said = [
+        f"{intros[v]}: {', '.join(WORDS.get(n, n.replace('_', ' ')) for n in groups[v])}" for v in intros if groups[v]
+    ]
+    return (
+        text
+        + "; ".join(said)
+        + ". Two models cannot show that robustness is the cause: that takes a population of models."
+    )
 
 
 def _accuracy_section(study: _Study, folder: str | None) -> list[str]:
@@ -184,12 +184,13 @@ def _accuracy_section(study: _Study, folder: str | None) -> list[str]:
     ]
     parts = [html.heading("Accuracy"), html.table(["model", "metric", "attack", "accuracy (95 %)", "n"], _unique(rows))]
     files = " ".join(study.files)
+    parts.append('<div class="pair">')
     parts += _figure(lambda form: figures.accuracy_curves(study.records, form=form), "accuracy", folder,
                      "Accuracy under PGD against the radius.", f"rb-view {files} -o accuracy.png")  # fmt: skip
     names = " ".join(name for name, _ in study.models)
     parts += _figure(lambda form: figures.training_curves([m for _, m in study.models], form=form), "training", folder,
                      "Validation accuracy during training.", f"rb-view {names} -o training.png")  # fmt: skip
-    return parts
+    return [*parts, "</div>"]
 
 
 def _unique(rows: list[list[str]]) -> list[list[str]]:
@@ -244,11 +245,12 @@ def _map_section(study: _Study, folder: str | None) -> list[str]:
         )
     )
     files = " ".join(study.files)
+    parts.append('<div class="pair">')
     for metric in BARS:
         caption = f"{WORDS[metric][0].upper()}{WORDS[metric][1:]}, by method; dotted: a random map on the same images."
         parts += _figure(lambda form, m=metric: figures.metric_bars(study.records, m, form=form), metric, folder, caption,
                          f"rb-view --metric {metric} {files} -o {metric}.png")  # fmt: skip
-    return parts
+    return [*parts, "</div>"]
 
 
 def _sheet_section(study: _Study) -> list[str]:

@@ -74,6 +74,12 @@ def train(
             show_default=False,
         ),
     ] = None,
+    eps_ramp: Annotated[
+        float,
+        typer.Option(
+            "--eps-ramp", metavar="X", min=0, max=1, help="Share of the steps over which the radius rises from 0."
+        ),
+    ] = 0.0,
     beta: Annotated[float, typer.Option("--beta", metavar="X", min=0, help="trades: weight of the robust term.")] = 6.0,
     attack_bn: Annotated[
         str,

@@ -23,7 +23,8 @@ th { color: var(--soft); font-weight: 600; }
 td.robust { color: var(--blue); font-weight: 600; } td.standard { color: var(--red); font-weight: 600; }
 td.open { color: var(--soft); }
 figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; display: block; }
-figure svg { max-width: 100%; height: auto; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 0 1.5rem; }
+figcaption code { font-size: .72rem; overflow-wrap: anywhere; }
 figcaption { color: var(--soft); font-size: .86rem; margin-top: .35rem; }
 pre { background: #f4f7fa; padding: .7rem .9rem; font-size: .78rem; line-height: 1.45; white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }

@@ -54,13 +54,34 @@ def paired(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+ONE_OF_ALL = ("etmann_alignment",)  # of the model and the images alone: the same for every method
+
+
 def interpretability(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs that are about attributions and inversions."""
-    return [
-        r
-        for r in rows
-        if r["metric"] not in (*SANITY, *ROBUSTNESS) and r["robust"].get("kind") in ("attributions", "inversions")
-    ]
+    """The pairs that are about attributions and inversions; what does not depend on the method counts once."""
+    found, seen = [], set()
+    for row in rows:
+        name = row["metric"]
+        if row["robust"].get("kind") not in ("attributions", "inversions") or name.endswith("_agreement"):
+            continue
+        if name in (*SANITY, *ROBUSTNESS) or name in seen:
+            continue
+        if name in ONE_OF_ALL:
+            seen.add(name)
+        found.append(row)
+    return found
+
+
+def by_metric(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Metrics by what they say over all methods and modes: `robust`, `standard`, `mixed` (they disagree) or `open`."""
+    verdicts: dict[str, set[str]] = {}
+    for row in rows:
+        verdicts.setdefault(row["metric"], set()).add(row["verdict"])
+    groups: dict[str, list[str]] = {"robust": [], "standard": [], "mixed": [], "open": []}
+    for name, found in verdicts.items():
+        decided = found - {"open"}
+        groups["mixed" if len(decided) == 2 else next(iter(decided), "open")].append(name)
+    return groups
 
 
 def accuracies(records: list[dict[str, Any]], *, standard: bool) -> dict[str, Any]:

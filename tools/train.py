@@ -30,7 +30,8 @@ class Recipe:
     """How a model is trained, as recorded in its file.
 
     method: standard, pgd, fgsm (one step from a random start) or trades (with `beta`). norm, eps, steps, step_size:
-    the inner attack, in [0, 1] pixels. attack_bn: `eval` (default) or `train`, as the paper does. schedule: `onecycle`
+    the inner attack, in [0, 1] pixels. eps_ramp: share of the steps over which eps and step_size rise from 0, which
+    keeps a hard ball from stalling the first epochs. attack_bn: `eval` (default) or `train`, as the paper does. schedule: `onecycle`
     (up over `warmup` of the steps, then linearly to 0), `cosine` (to 0) or `constant`. ema: decay per step, 0 for none.
     """
 
@@ -40,6 +41,7 @@ class Recipe:
     eps: float = 0.0
     steps: int = 7
     step_size: float = 0.0
+    eps_ramp: float = 0.0
     beta: float = 6.0
     attack_bn: str = "eval"
     batch: int = 128
@@ -159,19 +161,20 @@ class Inner:
         self.folded = Evaluation(classifier)
         self.draw = 0
 
-    def _plan(self, epoch: int) -> Plan:
+    def _plan(self, epoch: int, done: float) -> Plan:
         recipe = self.recipe
         norm = NORMS[recipe.norm]
+        size = min(1.0, done / recipe.eps_ramp) if recipe.eps_ramp else 1.0
         # A fresh start every epoch: the epoch is part of the seed's purpose through the draw.
-        begin_at = random_start(norm, recipe.eps, seed=recipe.seed)
+        begin_at = random_start(norm, size * recipe.eps, seed=recipe.seed)
 
         def start(ids: Tensor, clean: Tensor, restart: Tensor) -> Tensor:
             return begin_at(ids, clean, restart + epoch)
 
-        return Plan(norm, recipe.eps, recipe.step_size, recipe.steps, start=start)
+        return Plan(norm, size * recipe.eps, size * recipe.step_size, recipe.steps, start=start)
 
-    def __call__(self, images: Tensor, data: Data, *, epoch: int) -> Tensor:
-        """Adversarial images of a batch (N, C, H, W)."""
+    def __call__(self, images: Tensor, data: Data, *, epoch: int, done: float) -> Tensor:
+        """Adversarial images of a batch (N, C, H, W); `done` is the share of all steps before this one."""
         model: Callable[[Tensor], Tensor] = self.classifier
         if self.recipe.attack_bn == "eval":
             self.folded.refresh(self.classifier)
@@ -182,17 +185,17 @@ class Inner:
             with torch.no_grad():
                 context["log_p"] = F.log_softmax(model(images), dim=1)
             goal = _kl_objective(model)
-        return drive(goal, self._plan(epoch), Batch(data.ids, images, context))
+        return drive(goal, self._plan(epoch, done), Batch(data.ids, images, context))
 
 
 def loss_of(
-    classifier: Classifier, inner: Inner | None, images: Tensor, data: Data, recipe: Recipe, *, epoch: int
+    classifier: Classifier, inner: Inner | None, images: Tensor, data: Data, recipe: Recipe, *, epoch: int, done: float
 ) -> tuple[Tensor, Tensor]:
     """(mean loss, logits on what was trained on) of one batch."""
     if inner is None:
         logits = classifier(images)
         return F.cross_entropy(logits, data.label), logits
-    attacked = inner(images, data, epoch=epoch)
+    attacked = inner(images, data, epoch=epoch, done=done)
     if recipe.method != "trades":
         logits = classifier(attacked)
         return F.cross_entropy(logits, data.label), logits
@@ -232,8 +235,7 @@ def train_epoch(
     state.classifier.train()
     for index in range(state.step - state.epoch * steps, steps):
         rows = order[index * recipe.batch : (index + 1) * recipe.batch]
-        lr = learning_rate(recipe, state.step, steps * recipe.epochs)
-        found = _step(state, inner, data.rows(rows.to(data.label.device)), recipe, lr)
+        found = _step(state, inner, data.rows(rows.to(data.label.device)), recipe, steps * recipe.epochs)
         state.sums = [total + new for total, new in zip(state.sums, found, strict=True)]
         tick(state.step)
     loss, right, count = state.sums
@@ -246,7 +248,8 @@ def steps_per_epoch(data: Data, recipe: Recipe) -> int:
     return max(1, len(data) // recipe.batch)
 
 
-def _step(state: State, inner: Inner | None, batch: Data, recipe: Recipe, lr: float) -> list[float]:
+def _step(state: State, inner: Inner | None, batch: Data, recipe: Recipe, total: int) -> list[float]:
+    lr, done = learning_rate(recipe, state.step, total), state.step / total
     images = as_float(batch.image)
     if recipe.augment == "crop-flip":
         images = crop_flip(images, batch.ids, seed=recipe.seed, epoch=state.epoch)
@@ -254,7 +257,7 @@ def _step(state: State, inner: Inner | None, batch: Data, recipe: Recipe, lr: fl
         images = crop_flip(images, batch.ids, seed=recipe.seed, epoch=state.epoch, flip=False)
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.amp):
-        loss, logits = loss_of(state.classifier, inner, images, batch, recipe, epoch=state.epoch)
+        loss, logits = loss_of(state.classifier, inner, images, batch, recipe, epoch=state.epoch, done=done)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise NumericError(

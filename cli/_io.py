@@ -51,7 +51,7 @@ def reader(source: str, **options: Any) -> Reader:
     from rbkit.formats.stream import Reader
 
     file, name = open_bytes(source)
-    return Reader(file, name=name, **options)
+    return Reader(file, name=name, path=None if source == "-" else source, **options)
 
 
 def chunks(source: str, *, shard: tuple[int, int] | None = None, **options: Any) -> Iterator[Chunk]:

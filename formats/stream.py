@@ -19,6 +19,7 @@ import numpy as np
 from rbkit.formats import document, png
 from rbkit.formats.document import Header, TensorInfo
 from rbkit.formats.errors import ChecksumError, FormatError
+from rbkit.formats.folder import encode_names, path_id
 
 ROWS = 512  # examples per chunk: 6 MB of float32 at 3 x 32 x 32
 PIECE = 1 << 20
@@ -171,7 +172,7 @@ def _normal_meta(header: Header) -> dict[str, Any]:
 class Reader:
     """Reads one input: a stream of documents, a foreign safetensors file, or PNG images back to back.
 
-    `name` is what messages call the input; `rows` the most rows of a chunk; `verify` compares digests; `tolerant`
+    `name` is what messages call the input, `path` its path where it has one (pictures are named after it); `rows` the most rows of a chunk; `verify` compares digests; `tolerant`
     leaves a wrong digest to the caller (`self.findings`).
     """
 
@@ -180,12 +181,13 @@ class Reader:
         file: BinaryIO,
         *,
         name: str,
+        path: str | None = None,
         rows: int = ROWS,
         verify: bool = True,
         tolerant: bool = False,
         max_document: int = document.MAX_DOCUMENT,
     ) -> None:
-        self.file, self.name, self.rows = file, name, rows
+        self.file, self.name, self.path, self.rows = file, name, path, rows
         self.verify, self.tolerant, self.max_document = verify, tolerant, max_document
         self.number = 0
         self.findings: list[str] = []
@@ -222,7 +224,7 @@ class Reader:
 
     def _pngs(self, start: bytes) -> Iterator[Chunk]:
         pictures = png.read_many(self.file, name=self.name, start=start)
-        yield from image_chunks(pictures, rows=self.rows, name=self.name)
+        yield from image_chunks(pictures, rows=self.rows, name=self.name, path=self.path)
 
     def _document(self, source: _Input, raw: bytearray) -> Iterator[Chunk]:
         if len(raw) < 8:
@@ -309,8 +311,11 @@ def split(chunk: Chunk, rows: int) -> Iterator[Chunk]:
         yield chunk.rows(start, stop, last=chunk.last and stop == chunk.count)
 
 
-def image_chunks(pictures: Iterator[png.Picture], *, rows: int, name: str) -> Iterator[Chunk]:
-    """Pictures of one size as an unlabelled image stream (one picture of look-ahead finds the last)."""
+def image_chunks(pictures: Iterator[png.Picture], *, rows: int, name: str, path: str | None) -> Iterator[Chunk]:
+    """Pictures of one size as an unlabelled image stream (one picture of look-ahead finds the last).
+
+    Pictures of a file are named after its `path`, as rb-data png names them.
+    """
     held: list[png.Picture] = []
     first = 0
     for picture in pictures:
@@ -320,14 +325,18 @@ def image_chunks(pictures: Iterator[png.Picture], *, rows: int, name: str) -> It
                 f"{name}: image {first + len(held) + 1} is {shapes[0]}, the first is {shapes[1]}; try rb-data png --size"
             )
         if len(held) == rows:
-            yield _picture_chunk(held, first=first, last=False, name=name)
+            yield _picture_chunk(held, first=first, last=False, name=name, path=path)
             first, held = first + rows, held[:0]
         held.append(picture)
-    yield _picture_chunk(held, first=first, last=True, name=name)
+    yield _picture_chunk(held, first=first, last=True, name=name, path=path)
 
 
-def _picture_chunk(pictures: list[png.Picture], *, first: int, last: bool, name: str) -> Chunk:
+def _picture_chunk(pictures: list[png.Picture], *, first: int, last: bool, name: str, path: str | None) -> Chunk:
     arrays = {"image": np.stack([p.pixels for p in pictures])}
+    if path is not None:
+        alone = first == 0 and last and len(pictures) == 1
+        names = [path if alone else f"{path}#{first + i + 1}" for i in range(len(pictures))]
+        arrays |= {"id": np.array([path_id(n) for n in names], np.int64), "name": encode_names(names)}
     meta = {"schema": 1, "kind": "images", "first": first, "count": len(pictures), "history": []}
     return Chunk(arrays, meta, last, name)
 

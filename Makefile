@@ -16,9 +16,11 @@ EPOCHS ?= 8
 ARCH   ?= resnet8
 NORM   ?= l2
 # radius of the ball that the robust model is trained in; attacks use EPSS
-EPS    ?= $(or $(EPS_$(DATA)),0.5)
-EPSS   ?= $(shell awk 'BEGIN { print $(EPS) / 2, $(EPS), $(EPS) * 2 }')
+EPS    ?= $(if $(filter linf,$(NORM)),8/255,$(or $(EPS_$(DATA)),0.5))
+EPSS   ?= $(shell awk 'BEGIN { print $(EPS) / 2 }') $(EPS) $(shell awk 'BEGIN { print $(EPS) * 2 }')
 STEPS  ?= 3
+# share of the steps over which the robust model's ball grows to EPS
+RAMP   ?= 0.5
 SEED   ?= 0
 AUGMENT ?= $(or $(AUGMENT_$(DATA)),crop-flip)
 # picture size of DATA=folder
@@ -32,6 +34,7 @@ PYTHON ?= python3
 
 N_shapes       := 4000
 AUGMENT_shapes := crop
+AUGMENT_fashion-mnist := none
 CLEAN_shapes   := 0.85:0.97
 EPS_fashion-mnist := 1.0
 EPS_cifar10    := 0.25
@@ -78,7 +81,7 @@ value_ntest := $(NTEST)
 value_nmaps := $(NMAPS)
 value_ninv := $(NINV)
 value_train := $(EPOCHS) $(ARCH) $(SEED) $(AUGMENT)
-value_ball := $(NORM) $(EPS) $(STEPS)
+value_ball := $(NORM) $(EPS) $(STEPS) $(RAMP)
 value_attack := $(NORM) $(EPSS)
 value_clean := $(CLEAN)
 
@@ -107,7 +110,7 @@ $(D)/targets.safetensors: $(K)/data $(K)/ninv | setup
 # A checkpoint older than what it depends on belongs to another run. A finished run is left as it is, hence the touch.
 FRESH = @for p in $^; do [ ! "$$p" -nt "$@.ckpt" ] || rm -f "$@.ckpt"; done
 TRAIN = rb-train $< --arch $(ARCH) --epochs $(EPOCHS) --augment $(AUGMENT) --resume -o $@
-ROBUST = --norm $(NORM) --eps $(EPS) --steps $(STEPS)
+ROBUST = --norm $(NORM) --eps $(EPS) --steps $(STEPS) --eps-ramp $(RAMP)
 
 $(D)/standard.safetensors: $(D)/train.safetensors $(K)/train
 	$(FRESH)

@@ -56,7 +56,10 @@ class AtomicFile:
             return
         remove_orphans(self.target)
         self.temporary = self.target.parent / f"{_prefix(self.target)}{os.getpid()}.{secrets.token_hex(4)}"
-        fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError as error:  # name what was asked for, not the temporary file
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if self.target.exists():
             os.fchmod(fd, stat.S_IMODE(self.target.stat().st_mode))

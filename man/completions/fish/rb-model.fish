@@ -1,0 +1,13 @@
+# fish completion of rb-model; made by man/make.py
+complete -c rb-model -n '__fish_is_first_arg' -a 'import export show'
+complete -c rb-model -l arch -x -a 'resnet8 resnet18' -d 'import: resnet8, resnet18, torchvision:NAME or package.module:factory.'
+complete -c rb-model -l classes -x -d 'import: number of classes, or their names.'
+complete -c rb-model -l mean -x -d 'import: subtracted from [0, 1] pixels, one value or one per channel.'
+complete -c rb-model -l std -x -d 'import: divided by, after the mean.'
+complete -c rb-model -l width -x -d 'import: width of resnet8 or resnet18.'
+complete -c rb-model -l input -x -d 'import: the images that it takes; else the first stream decides.'
+complete -c rb-model -l json -d 'JSON lines, also on a terminal.'
+complete -c rb-model -s o -l output -r -d 'Where to write: .safetensors (one document), .rbs (a stream), .png or a folder/ (pictures); - is standard output.'
+complete -c rb-model -l no-history -d 'Leave the history out of the output.'
+complete -c rb-model -l version -d 'Show the version and exit.'
+complete -c rb-model -l help -d 'Show a short help and exit.'

@@ -23,7 +23,7 @@ from rbkit.formats.folder import encode_names, path_id
 
 ROWS = 512  # examples per chunk: 6 MB of float32 at 3 x 32 x 32
 PIECE = 1 << 20
-EAGER = 64 << 20  # up to this size a buffer is reserved at once; the system commits only what is filled
+EAGER = 64 << 20  # a buffer grows by at most this at once
 SPOOL = 64 << 20  # bytes a single-document writer keeps in memory per tensor
 INFERRED_KIND = {"attribution": "attributions", "adversarial": "adversarial", "inverted": "inversions"}
 DERIVED = ("part", "count", "sha256", "schema")  # metadata that the writer owns
@@ -65,7 +65,8 @@ def read_some(file: BinaryIO, size: int) -> bytearray:
     """Up to `size` bytes; fewer only at the end of the file. Memory grows with what arrives, not with `size`."""
     buffer = bytearray()
     while len(buffer) < size:
-        piece = bytearray(min(size - len(buffer), EAGER))
+        # As much again as has arrived: a header that promises gigabytes does not make us reserve them.
+        piece = bytearray(min(size - len(buffer), max(len(buffer), PIECE), EAGER))
         filled = _fill(file, piece)
         if not buffer and filled == size:
             return piece
@@ -85,14 +86,20 @@ def _fill(file: BinaryIO, buffer: bytearray) -> int:
     return filled
 
 
+def _is_regular(file: BinaryIO) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    except (AttributeError, OSError):  # bytes in memory, a member of an archive
+        return False
+
+
 class _Input:
     """A byte source that counts its position and, where it is a regular file, can go back."""
 
     def __init__(self, file: BinaryIO, start: bytes) -> None:
         self.file = file
         self.ahead = start
-        info = os.fstat(file.fileno()) if hasattr(file, "fileno") else None
-        self.seekable = info is not None and stat.S_ISREG(info.st_mode)
+        self.seekable = _is_regular(file)
         self.origin = file.tell() - len(start) if self.seekable else 0
         self.position = 0
 

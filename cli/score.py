@@ -213,6 +213,8 @@ class _Run:
 
         batch = _batch(chunk, evaluation, self)
         names = applicable(chunk.meta["kind"], batch)
+        if _unlabelled(chunk):
+            names = [name for name in names if name != "clean_accuracy"]  # it would be 1 by definition
         if self.names is not None:
             names = [name for name in names if name in self.names]
         if batch.saliency is not None and batch.saliency.method == "shap" and self.background is None:
@@ -278,6 +280,11 @@ def _checker(classes: int | None) -> Any:
     return RowChecker(classes=classes)
 
 
+def _unlabelled(chunk: Chunk) -> bool:
+    """Whether an attacked stream has no labels: the model's predictions on the clean images then stand in."""
+    return "adversarial" in chunk.arrays and "label" not in chunk.arrays
+
+
 def _batch(chunk: Chunk, evaluation: Any, run: _Run) -> Batch:
     """A chunk as what the metrics read."""
     from rbkit.tools.metrics import Batch
@@ -301,8 +308,9 @@ def _batch(chunk: Chunk, evaluation: Any, run: _Run) -> Batch:
         None if "attribution" not in chunk.arrays else as_float(tensor(of) if of in chunk.arrays else tensor("image"))
     )
     inversion = chunk.meta.get("inversion") or {}
+    label = evaluation.logits(image).argmax(1) if _unlabelled(chunk) else tensor("label")
     return Batch(
-        evaluation, tensor("id"), image, label=tensor("label"), adversarial=tensor("adversarial"), norm=attack.get("norm", "l2"),
+        evaluation, tensor("id"), image, label=label, adversarial=tensor("adversarial"), norm=attack.get("norm", "l2"),
         eps=attack.get("eps"), attack_target=tensor("attack_target"), attribution=tensor("attribution"), explained=explained,
         target=tensor("target"), saliency=spec, mask=tensor("mask"), completeness=tensor("completeness_error"),
         inverted=tensor("inverted"), fit=image if inversion.get("mode", "representation") == "representation" else None,
@@ -328,6 +336,8 @@ def _about(chunk: Chunk, model: Model, batch: Batch) -> dict[str, Any]:
     for kind, key in (("attributions", "saliency"), ("inversions", "inversion"), ("adversarial", "attack")):
         if chunk.meta["kind"] == kind:
             about["params"] = {k: v for k, v in (chunk.meta.get(key) or {}).items() if k != "model"}
+    if _unlabelled(chunk):
+        about["label"] = "predicted"
     if "saliency" in chunk.meta:
         about |= {"method": chunk.meta["saliency"].get("method"), "reduce": "signed" if batch.signed else "abs"}
     if "inversion" in chunk.meta:

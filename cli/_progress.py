@@ -44,6 +44,13 @@ class Progress:
         self.task = bar.add_task(self.tool, total=self.total, note="")
         return bar
 
+    def expect(self, total: object) -> None:
+        """Tell how much there will be, once a stream has told it; anything but a number leaves it unknown."""
+        if self.total is None and isinstance(total, int):
+            self.total = total
+            if self.bar is not None:
+                self.bar.update(self.task, total=total)
+
     def advance(self, count: int = 1, *, note: str = "") -> None:
         """Count more work; `note` is shown beside it."""
         self.done += count

@@ -203,6 +203,7 @@ def _attack_stream(options: dict[str, Any], eps: float, victim: Model, stream: I
         for chunk, result in _io.guarded(lambda: tool.run(evaluation, spec, poll)):
             arrays = {**chunk.arrays, **_columns(chunk, result)}
             sink.write(arrays, _meta(chunk, spec, victim, history), last=chunk.last)
+            progress.expect(None if options["shard"] else chunk.meta.get("total"))
             progress.advance(chunk.count)
 
 

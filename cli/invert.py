@@ -257,6 +257,7 @@ def _invert_stream(
             check_input(subject, chunk.arrays["image"].shape[1:], place=chunk.place)
             arrays = _invert_chunk(options, spec, evaluation, side, chunk)
             sink.write(arrays, _meta(chunk.meta, spec, options, subject, entry), last=chunk.last)
+            progress.expect(None if options["shard"] else chunk.meta.get("total"))
             progress.advance(chunk.count)
 
 

@@ -186,6 +186,7 @@ def _explain_stream(
             check_input(subject, chunk.arrays["image"].shape[1:], place=chunk.place)
             arrays, explained_of = _explain_chunk(options, spec, evaluation, reference, chunk)
             sink.write(arrays, _meta(chunk, spec, options, subject, explained_of, entry), last=chunk.last)
+            progress.expect(None if options["shard"] else chunk.meta.get("total"))
             progress.advance(chunk.count)
 
 

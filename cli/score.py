@@ -174,6 +174,7 @@ class _Run:
             checker = _checker(self.subjects[0][0].classes if self.subjects else None)
             for chunk in _io.chunks(source, shard=part, max_document=self.options["max_document"]):
                 self._take(chunk, checker)
+                progress.expect(None if part else chunk.meta.get("total"))
                 progress.advance(chunk.count)
 
     def _take(self, chunk: Chunk, checker: Any) -> None:

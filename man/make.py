@@ -177,19 +177,22 @@ def metrics(_: str, kind: str) -> list[str]:
 
     lines = []
     for name, entry in METRICS.items():
-        if entry.kind in (kind, "any"):
-            source = "" if entry.source == "-" else f" {entry.source}."
+        if entry.kind == kind or (entry.kind == "any" and kind == "adversarial"):
+            text = _first_line(entry)
+            known = entry.source == "-" or entry.source.split()[0] in text
+            source = "" if known else f" {entry.source[0].upper()}{entry.source[1:]}."
             lines += [
                 ".TP",
                 bold(name),
-                inline(f"{_first_line(entry)} Unit {entry.unit}; {entry.better} is better.{source}"),
+                inline(f"{text} Unit {entry.unit}; {entry.better} is better.{source}"),
             ]
     return lines
 
 
 def _first_line(entry: Any) -> str:
-    text = (entry.function.__doc__ or "").strip().split("\n\n")[0]
-    return " ".join(text.split()).rstrip(".") + "."
+    """The first paragraph of a docstring, without the numbers (M2) that refer to notes of ours."""
+    text = " ".join((entry.function.__doc__ or "").strip().split("\n\n")[0].split())
+    return re.sub(r" \([A-Z]\d+\)", "", text).rstrip(".") + "."
 
 
 def document() -> bytes:

@@ -192,7 +192,8 @@ def metrics(_: str, kind: str) -> list[str]:
 def _first_line(entry: Any) -> str:
     """The first paragraph of a docstring, without the numbers (M2) that refer to notes of ours."""
     text = " ".join((entry.function.__doc__ or "").strip().split("\n\n")[0].split())
-    return re.sub(r" \([A-Z]\d+\)", "", text).rstrip(".") + "."
+    text = re.sub(r" \([A-Z]\d+\)", "", text)
+    return text if text[-1:] in (".", "?") else text + "."
 
 
 def document() -> bytes:

@@ -8,6 +8,9 @@ completions for bash, zsh and fish under man/completions/. The output depends on
         command     indented by four: an example, kept as it is
     TERM            with the next line beginning `: ` an entry of a list
     `code`, *word*  bold, italic; options (--eps) and pages (rb-train(1)) are set bold by themselves
+
+Examples become blocks between .EX and .EE. Each line is a complete shell command; one that ends in a backslash goes on
+in the next. Those of the section EXAMPLES are run by the tests, in order, in a folder that holds the files they name.
 """
 
 from __future__ import annotations
@@ -120,8 +123,8 @@ def summary(name: str, _: str) -> list[str]:
 
 def _limits(option: Any) -> str:
     low, high = getattr(option, "min", None), getattr(option, "max", None)
-    if low is None or low == 0 == (high or 0):
-        return "" if low is None else "At least 0."
+    if low is None:
+        return ""
     return f"At least {low:g}." if high is None or high > 2**60 else f"{low:g} to {high:g}."
 
 
@@ -281,6 +284,10 @@ def page(source: Path) -> str:
 # ---------------------------------------------------------------------------------------------------- completions
 
 
+# Per answer rather than for all: a choice such as test would become test/ where a folder is called so.
+FILES = "compopt -o filenames 2>/dev/null; "
+
+
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", r"'\''") + "'"
 
@@ -298,10 +305,14 @@ def bash(name: str) -> str:
     for option in (p for p in found if not p.is_flag):
         words = f"-W {_quoted(' '.join(choices(option)))} " if choices(option) else ""
         files = "-f " if takes_files(option) else ""
-        reply = f'mapfile -t COMPREPLY < <(compgen {words}{files}-- "$cur"); ' if words or files else ""
+        reply = f'{FILES if files else ""}mapfile -t COMPREPLY < <(compgen {words}{files}-- "$cur"); '
+        reply = reply if words or files else ""
         cases.append(f"        {'|'.join(names_of(option))}) {reply}return ;;")
     function = name.replace("-", "_")
-    words = f"-W {_quoted(' '.join(first_words(name)))} " if first_words(name) else ""
+    first = [
+        "    elif [[ $COMP_CWORD -eq 1 ]]; then",
+        f'        mapfile -t COMPREPLY < <(compgen -W {_quoted(" ".join(first_words(name)))} -- "$cur")',
+    ]
     return "\n".join([
         f"# bash completion of {name}; made by man/make.py",
         f"_{function}() {{",
@@ -313,11 +324,12 @@ def bash(name: str) -> str:
         "    esac",
         "    if [[ $cur == -* ]]; then",
         f'        mapfile -t COMPREPLY < <(compgen -W {_quoted(every)} -- "$cur")',
+        *(first if first_words(name) else []),
         "    else",
-        f'        mapfile -t COMPREPLY < <(compgen {words}-f -- "$cur")',
+        f'        {FILES}mapfile -t COMPREPLY < <(compgen -f -- "$cur")',
         "    fi",
         "}",
-        f"complete -o filenames -F _{function} {name}",
+        f"complete -F _{function} {name}",
         "",
     ])  # fmt: skip
 
@@ -330,9 +342,11 @@ def zsh(name: str) -> str:
         value = ""
         if not option.is_flag:
             action = f"({' '.join(choices(option))})" if choices(option) else "_files" if takes_files(option) else ""
-            value = f":{re.sub(r'[^A-Za-z]+', ' ', option.metavar or 'value').strip()}:{action}"
+            value = f":{re.sub(r'[^A-Za-z0-9]+', ' ', option.metavar or 'value').strip()}:{action}"
         star = "*" if option.multiple else ""
-        lines += [f"  {_quoted(f'{star}{spelling}[{text}]{value}')} \\" for spelling in names_of(option)]
+        for spelling in names_of(option):
+            joint = "=" if value and spelling.startswith("--") else ""  # --norm l2 and --norm=l2
+            lines.append(f"  {_quoted(f'{star}{spelling}{joint}[{text}]{value}')} \\")
     words = first_words(name)
     lines += [f"  {_quoted(f'1:word:({chr(32).join(words)})')} \\"] if words else []
     return "\n".join(

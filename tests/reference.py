@@ -5,6 +5,7 @@ Nothing of rbkit is imported here: a mistake would have to be made twice to pass
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -143,7 +144,7 @@ def trades(clean: Array, moved: Array, labels: Sequence[int], beta: float) -> fl
 
 def area(curve: Sequence[float]) -> float:
     """Mean height by the trapezoid rule on an even grid."""
-    return sum((a + b) / 2 for a, b in zip(curve, curve[1:], strict=False)) / (len(curve) - 1)
+    return sum((a + b) / 2 for a, b in itertools.pairwise(curve)) / (len(curve) - 1)
 
 
 def relevance_rank(values: Sequence[float], inside: Sequence[bool]) -> float:

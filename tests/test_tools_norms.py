@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import reference
 import torch
-from rbkit.tools.norms import L2, LINF, NORMS
 from scipy import stats
 from toys import C, H, N, W, generator
+
+from rbkit.tools.norms import L2, LINF, NORMS
 
 BOTH = pytest.mark.parametrize("name", ["l2", "linf"])
 

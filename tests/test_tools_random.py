@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import reference
 import torch
+from scipy import stats
+
 from rbkit.tools import random
 from rbkit.tools.philox import key_of, philox, uniform_rows
-from scipy import stats
 
 IDS = torch.tensor([5, 0, 7, 2**40 + 3, -1, 123456789])
 

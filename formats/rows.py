@@ -105,15 +105,12 @@ class RowChecker:
         ids = arrays["id"]
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise FormatError(f"id is {ids.dtype} {list(ids.shape)}, expected int64 (N,)")
+        if len(ids) and int(ids.max()) >= 2**63:
+            raise FormatError(f"id {int(ids.max())} does not fit int64")
         ids = ids.astype(np.int64, copy=False)
         if self.unique:
-            before = len(self.seen)
-            self.seen.update(ids.tolist())
-            if len(self.seen) != before + len(ids):
-                raise FormatError(f"id {_repeated(ids)} appears twice; ids must be unique within a stream")
+            for value in ids.tolist():
+                if value in self.seen:
+                    raise FormatError(f"id {value} appears twice; ids must be unique within a stream")
+                self.seen.add(value)
         return ids
-
-
-def _repeated(ids: np.ndarray) -> int:
-    values, counts = np.unique(ids, return_counts=True)
-    return int(values[counts.argmax()])

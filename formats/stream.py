@@ -26,6 +26,7 @@ PIECE = 1 << 20
 EAGER = 64 << 20  # a buffer grows by at most this at once
 SPOOL = 64 << 20  # bytes a single-document writer keeps in memory per tensor
 INFERRED_KIND = {"attribution": "attributions", "adversarial": "adversarial", "inverted": "inversions"}
+ROWLESS = ("model", "checkpoint")  # kinds whose tensors are no rows
 DERIVED = ("part", "count", "sha256", "schema")  # metadata that the writer owns
 
 
@@ -164,15 +165,16 @@ def _normal_meta(header: Header) -> dict[str, Any]:
         count = next(iter(lengths)) if rows and len(lengths) == 1 else 0
         meta = {"schema": 1, "kind": kind if rows else "foreign", "part": {"index": 1, "last": True}}
         meta |= {"first": 0, "count": count, "total": count, "history": []}
-    if meta["kind"] in ("model", "checkpoint", "foreign"):
+    if meta["kind"] in (*ROWLESS, "foreign"):
         return {**meta, "first": 0, "count": 0}
     if not _is_count(meta.get("first")) or not _is_count(meta.get("count")):
         raise FormatError("metadata lacks first or count")
-    if "image" in header.tensors or meta["kind"] == "scores":
-        uneven = {n: t.shape for n, t in header.tensors.items() if not t.shape or t.shape[0] != meta["count"]}
-        if uneven:
-            name, shape = next(iter(uneven.items()))
-            raise FormatError(f"tensor {name!r} of shape {list(shape)} does not have {meta['count']} rows")
+    if not _is_count(meta["first"] + meta["count"]) or not _is_count(meta.get("total") or 0):
+        raise FormatError("metadata holds an impossible first, count or total")
+    uneven = {n: t.shape for n, t in header.tensors.items() if not t.shape or t.shape[0] != meta["count"]}
+    if uneven:
+        name, shape = next(iter(uneven.items()))
+        raise FormatError(f"tensor {name!r} of shape {list(shape)} does not have {meta['count']} rows")
     return meta
 
 
@@ -385,7 +387,7 @@ class StreamWriter:
         """Append one document; `last` closes the stream and the next call opens another."""
         self.part += 1
         own = {**meta, "part": {"index": self.part, "last": last}}
-        if meta["kind"] not in ("model", "checkpoint"):
+        if meta["kind"] not in ROWLESS:
             own["count"] = row_count(arrays)
         for piece in document.encode(arrays, own):
             write_all(self.raw, piece)
@@ -418,7 +420,8 @@ class FileWriter:
         self._check(arrays, meta)
         for name, array in arrays.items():
             self.spools[name].write(document.as_bytes(array))
-        self.count += row_count(arrays)
+        if meta["kind"] not in ROWLESS:
+            self.count += row_count(arrays)
         self.complete = last
 
     def _open(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
@@ -432,6 +435,8 @@ class FileWriter:
         fixed = {key: value for key, value in meta.items() if key not in (*DERIVED, "first", "total")}
         if fixed != {key: value for key, value in self.meta.items() if key not in ("first", "total")}:
             raise FormatError("several streams do not fit one document; try a name ending in .rbs, or a pipe")
+        if meta["kind"] in ROWLESS and self.complete:
+            raise FormatError("a second model does not fit one document; try a name ending in .rbs, or a pipe")
         if self.count and meta["first"] != self.meta["first"] + self.count:
             raise FormatError(
                 f"row {meta['first']} follows row {self.meta['first'] + self.count - 1}: streams that do not continue "
@@ -447,7 +452,7 @@ class FileWriter:
             raise FormatError("output is incomplete: the last rows never came")
         meta = {**self.meta, "schema": document.SCHEMA, "part": {"index": 1, "last": True}}
         specs = self.specs
-        if meta["kind"] not in ("model", "checkpoint"):
+        if meta["kind"] not in ROWLESS:
             meta["count"] = self.count
             specs = {name: (dtype, (self.count, *shape[1:])) for name, (dtype, shape) in specs.items()}
         tensors = document.layout(specs)
@@ -465,12 +470,16 @@ class FileWriter:
         self.file.flush()
 
     def _pour(self, name: str, sha: Any) -> None:
-        spool = self.spools.pop(name)
+        spool = self.spools[name]
         spool.seek(0)
         while piece := spool.read(PIECE):
             sha.update(piece)
             write_all(self.file, piece)
         spool.close()
+
+    def __del__(self) -> None:
+        for spool in self.spools.values():  # what a failure left; closing twice does no harm
+            spool.close()
 
 
 def whole(file: BinaryIO, *, name: str, read: Callable[..., Reader] = Reader) -> Chunk:

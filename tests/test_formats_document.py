@@ -15,6 +15,7 @@ import safetensors
 import safetensors.numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from rbkit.formats import document
 from rbkit.formats.errors import FormatError, LimitError
 from rbkit.formats.stream import Chunk, Reader

@@ -22,6 +22,7 @@ from rbkit.formats.errors import FormatError, LimitError, printable
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PIXELS = 1 << 24
+SLACK = 1 << 24  # bytes for chunks that are no pixels
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by PNG colour type
 GREY, PALETTE = 0, 3
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -49,12 +50,12 @@ def _chunks(file: BinaryIO, *, name: str, max_bytes: int) -> Iterator[tuple[byte
     """(type, body, raw bytes) of each chunk after the signature, up to and with IEND."""
     offset = 8
     while True:
-        head = file.read(8)
+        head = _read_exactly(file, 8)  # a raw pipe may deliver less at a time
         if len(head) < 8:
             raise FormatError(f"{name}: truncated PNG (no IEND); the file ends at byte {offset + len(head)}")
         size, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if size > max_bytes:
-            raise LimitError(f"{name}: chunk {printable(repr(kind))} of {size} bytes is more than {max_bytes}")
+        if offset + size > max_bytes:
+            raise LimitError(f"{name}: {offset + size} bytes of PNG, more than {max_bytes}; try --max-pixels")
         body = _read_exactly(file, size + 4)
         if len(body) < size + 4:
             raise FormatError(f"{name}: truncated PNG in {printable(repr(kind))} at byte {offset}")
@@ -136,7 +137,9 @@ def read(file: BinaryIO, *, name: str, max_pixels: int = MAX_PIXELS) -> Picture:
     packed: list[bytes] = []
     text: dict[str, Any] = {}
     shape = None
-    for kind, body, piece in _chunks(file, name=name, max_bytes=64 * max_pixels):
+    for kind, body, piece in _chunks(file, name=name, max_bytes=64 * max_pixels + SLACK):
+        if shape is not None and kind == b"IHDR":
+            raise FormatError(f"{name}: a second IHDR")
         if shape is None:
             if kind != b"IHDR":
                 raise FormatError(f"{name}: the first chunk is {printable(repr(kind))}, expected IHDR")
@@ -162,6 +165,8 @@ def _decode(raw: bytes, shape: _Shape, *, name: str) -> np.ndarray:
         with Image.open(io.BytesIO(raw), formats=["PNG"]) as image:
             image.load()
             _check_palette(image, name=name)
+            if shape.colour == GREY and "transparency" in image.info:
+                image.info["transparency"] *= 255 // (2**shape.depth - 1)  # Pillow scales the pixels, not their key
             upright = ImageOps.exif_transpose(image)
     except FormatError:
         raise
@@ -182,7 +187,8 @@ def to_pixels(image: Any) -> np.ndarray:
     from PIL import Image
 
     if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"))[None].copy()
+        grey = np.where(np.asarray(image), 255, 0).astype(np.uint8) if image.mode == "1" else np.array(image)
+        return np.where(grey == image.info.get("transparency", -1), np.uint8(255), grey)[None]
     if image.mode == "LA":
         grey, alpha = image.split()
         return np.asarray(Image.composite(grey, Image.new("L", image.size, 255), alpha))[None].copy()
@@ -200,7 +206,7 @@ def read_many(file: BinaryIO, *, name: str, start: bytes, max_pixels: int = MAX_
         if start != SIGNATURE:
             raise FormatError(f"{label}: {len(start)} bytes after the last image are no PNG")
         yield read(file, name=label, max_pixels=max_pixels)
-        start = file.read(8)
+        start = _read_exactly(file, 8)
         if not start:
             return
 
@@ -263,7 +269,7 @@ def decode_map(raw: bytes, *, name: str = "heat map") -> tuple[np.ndarray, dict[
 
     text = read(io.BytesIO(raw[8:]), name=name).text
     with Image.open(io.BytesIO(raw), formats=["PNG"]) as image:
-        if image.mode != "P" or "vmin" not in text or "vmax" not in text:
+        if image.mode != "P" or not all(isinstance(text.get(key), int | float) for key in ("vmin", "vmax")):
             raise FormatError(f"{name}: no heat map of rbkit (palette PNG with vmin and vmax)")
         index = np.asarray(image).astype(np.float64)
     return text["vmin"] + index * (text["vmax"] - text["vmin"]) / 255, text

@@ -57,7 +57,7 @@ def invert(
         typer.Option(
             "--start",
             metavar="|".join(STARTS),
-            help="First iterate: grey noise, mean colour, --seeds-from, or another image of --start-from.",
+            help="First iterate: grey noise, mean colour, a draw of --seeds-from, or another image (--start-from).",
             show_default=False,
         ),
     ] = None,

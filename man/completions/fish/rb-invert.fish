@@ -1,7 +1,7 @@
 # fish completion of rb-invert; made by man/make.py
 complete -c rb-invert -s m -l model -r -d 'The model, a file of rb-train or rb-model.'
 complete -c rb-invert -l mode -x -a 'representation class feature' -d 'Invert representations, make class images, or excite units.'
-complete -c rb-invert -l start -x -a 'noise mean seeds image' -d 'First iterate: grey noise, mean colour, --seeds-from, or another image of --start-from.'
+complete -c rb-invert -l start -x -a 'noise mean seeds image' -d 'First iterate: grey noise, mean colour, a draw of --seeds-from, or another image (--start-from).'
 complete -c rb-invert -l start-from -r -d 'Stream of images to start from.'
 complete -c rb-invert -l seeds-from -r -d 'class: training stream that Gaussian seeds are fitted on.'
 complete -c rb-invert -l layer -x -d 'Layer to invert or excite; default the features before the head.'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -45,6 +46,7 @@ def _single_pairs(net: nn.Module) -> list[tuple[str, str]]:
     for node in calls:
         counts[str(node.target)] = counts.get(str(node.target), 0) + 1
     touched = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    owners = Counter(id(parameter) for _, parameter in net.named_parameters(remove_duplicate=False))
     pairs = []
     for node in calls:
         source = node.args[0] if node.args else None
@@ -53,6 +55,8 @@ def _single_pairs(net: nn.Module) -> list[tuple[str, str]]:
         names = (str(source.target), str(node.target))
         conv, norm = net.get_submodule(names[0]), net.get_submodule(names[1])
         plain = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats
+        # A weight that other modules share, or that a hook writes (weight_norm), is not this pair's to change.
+        plain = plain and not conv._forward_pre_hooks and all(owners[id(p)] == 1 for p in conv.parameters())
         if plain and counts[names[0]] == counts[names[1]] == 1 and not touched & set(names):
             pairs.append(names)
     return pairs
@@ -136,7 +140,8 @@ class Evaluation(nn.Module):
             head = self.model.net.get_submodule(head_name(self.model.net))
             handle = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
         else:
-            handle = self.layer(layer).register_forward_hook(lambda _, __, output: found.append(output))
+            # A clone: what follows may change the output in place.
+            handle = self.layer(layer).register_forward_hook(lambda _, __, output: found.append(output.clone()))
         try:
             self(images)
         finally:

@@ -10,7 +10,13 @@ from torch import nn
 
 from rbkit.tools.architectures import build, resnet8, resnet18
 from rbkit.tools.models import (
-    Classifier, Evaluation, fake_last_relu, head_name, in_blocks, padded, strip_wrapping,
+    Classifier,
+    Evaluation,
+    fake_last_relu,
+    head_name,
+    in_blocks,
+    padded,
+    strip_wrapping,
 )  # fmt: skip
 
 N, C, H, W, K = 5, 3, 8, 12, 4

@@ -57,8 +57,18 @@ def read_python(path: Path) -> tuple[np.ndarray, np.ndarray]:
         data, labels = batch[b"data"], np.asarray(batch[b"labels"])
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         raise FormatError(f"{path}: not a CIFAR-10 batch ({type(error).__name__})") from None
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise FormatError(f"{path}: not a CIFAR-10 batch (labels are no list of numbers)")
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (len(labels), ROW - 1):
         raise FormatError(f"{path}: not a CIFAR-10 batch (data is no uint8 (N, 3072))")
     return data.reshape(-1, 3, 32, 32), labels
@@ -81,5 +91,6 @@ def cifar10(root: Path, *, split: str) -> DataSet:
     images = np.concatenate([images for images, _ in parts])
     labels = np.concatenate([labels for _, labels in parts])
     if labels.min() < 0 or labels.max() > 9:
-        raise FormatError(f"{root}: label {int(labels.max())} is not one of CIFAR-10's 0 to 9")
+        wrong = labels[(labels < 0) | (labels > 9)][0]
+        raise FormatError(f"{root}: label {int(wrong)} is not one of CIFAR-10's 0 to 9")
     return in_memory(images, labels, classes=CLASSES, carved=True)

@@ -108,6 +108,7 @@ def files(
 ) -> DataSet:
     """A data set of picture files: `names` are shown, kept and hashed to ids. Raises: FormatError."""
     first_shape: list[tuple[int, ...]] = []
+    encoded = encode_names(names)
 
     def fetch(indices: np.ndarray) -> dict[str, np.ndarray]:
         pictures = [recolour(decode(paths[i], size=size, max_pixels=max_pixels), channels) for i in indices.tolist()]
@@ -116,7 +117,7 @@ def files(
         if image.shape[1:] != first_shape[0]:
             found, expected = (" x ".join(map(str, s)) for s in (image.shape[1:], first_shape[0]))
             raise FormatError(f"{printable(names[int(indices[0])])}: {found}, the others are {expected}; try --size")
-        rows = {"image": image, "name": encode_names(names)[indices]}
+        rows = {"image": image, "name": encoded[indices]}
         if labels is not None:
             rows["label"] = labels[indices]
         return rows

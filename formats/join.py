@@ -47,7 +47,8 @@ def _check_cover(spans: list[tuple[int, int, str]], total: Any) -> None:
         missing.append((position, total))
     if missing:
         gaps = ", ".join(f"{a} to {b - 1}" for a, b in missing)
-        raise FormatError(f"rows {gaps} of {total} are missing{_as_array(spans, missing, total)}")
+        whole = f" of {total}" if isinstance(total, int) else ""
+        raise FormatError(f"rows {gaps}{whole} are missing{_as_array(spans, missing, total)}")
 
 
 def _as_array(spans: list[tuple[int, int, str]], missing: list[tuple[int, int]], total: Any) -> str:

@@ -12,6 +12,9 @@ from rbkit.formats.dataset import DataSet, in_memory
 from rbkit.formats.errors import FormatError, printable
 
 IMAGE_KEYS = ("image", "images", "x", "x_test", "data", "arr_0")
+DAMAGED = (
+    ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, TypeError, KeyError, RuntimeError,
+)  # fmt: skip
 LABEL_KEYS = ("label", "labels", "y", "y_test", "arr_1")
 
 
@@ -39,14 +42,18 @@ def read(path: str | Path, *, layout: str | None = None) -> DataSet:
     """The images (and labels, if any) of an NPZ file. Raises: FormatError, OSError."""
     shown = printable(str(path), limit=200)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             image = next((archive[k] for k in IMAGE_KEYS if k in archive.files), None)
             label = next((archive[k] for k in LABEL_KEYS if k in archive.files), None)
             keys = archive.files
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, KeyError) as error:
+        if any(isinstance(found, bytes) for found in (image, label)):  # members that are no arrays come as they are
+            raise ValueError("no array")
+    except DAMAGED as error:
         raise FormatError(f"{shown}: not a readable NPZ archive ({type(error).__name__})") from None
     if image is None:
         raise FormatError(f"{shown}: no array named {' or '.join(IMAGE_KEYS)}; it has {', '.join(keys) or 'none'}")
+    if label is not None and label.dtype.kind not in "iu":
+        raise FormatError(f"{shown}: labels are {label.dtype}, expected whole numbers")
     if image.dtype.kind == "f":
         image = image.astype(np.float32)
     return in_memory(to_nchw(image, layout=layout, name=shown), None if label is None else label.reshape(-1))

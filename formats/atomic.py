@@ -51,8 +51,9 @@ class AtomicFile:
         self.temporary: Path | None = None
         if os.fspath(path).endswith("/") or self.target.is_dir():
             raise IsADirectoryError(21, "Is a directory", os.fspath(path))
-        if self.target.exists() and not self.target.is_file():
-            self.file: BinaryIO = self.target.open("wb", buffering=0)
+        # `path`, not its real path: /dev/stdout of a pipe resolves to a name that does not exist.
+        if Path(path).exists() and not Path(path).is_file():
+            self.file: BinaryIO = Path(path).open("wb", buffering=0)
             return
         remove_orphans(self.target)
         self.temporary = self.target.parent / f"{_prefix(self.target)}{os.getpid()}.{secrets.token_hex(4)}"

@@ -42,7 +42,7 @@ def poisson_weights(ids: Tensor, draws: int, *, seed: int = 0) -> Tensor:
     """Bootstrap weights (N, draws) float64, Poisson(1), a function of (seed, id, draw): any partition of the examples
     has the same ones (Chamandy et al. 2012)."""
     bits = random.words(ids, draws, seed=seed, purpose="bootstrap")
-    return torch.bucketize(bits, _poisson_edges(), right=True).double()
+    return torch.bucketize(bits.contiguous(), _poisson_edges(), right=True).double()
 
 
 def bootstrap_means(ids: Tensor, values: Tensor, *, draws: int = DRAWS, confidence: float = 0.95) -> list[Interval]:

@@ -429,3 +429,15 @@ def test_counters_of_norms_may_be_missing_and_tensors_are_copies():
 def test_weights_that_do_not_fit_are_refused(saved, message):
     with pytest.raises(ValueError, match=message):
         strip_wrapping(saved, EXPECTED)
+
+
+def test_a_weight_that_a_hook_writes_is_not_folded():
+    """spectral_norm and weight_norm recompute the weight in each pass, which would undo the folding."""
+    net = nn.Sequential(nn.Conv2d(C, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Flatten())
+    torch.nn.utils.spectral_norm(net[0])
+    with torch.no_grad():
+        net(torch.rand(N, C, H, W))
+    model = Classifier(net, mean=MEAN, std=STD).eval()
+    folded, x = Evaluation(model, block=32), torch.rand(N, C, H, W)
+    assert folded.pairs == [("2", "3")]
+    assert torch.allclose(folded.logits(x), model(x), atol=1e-5)

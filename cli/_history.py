@@ -7,7 +7,6 @@ from typing import Any
 
 from rbkit.cli import __version__
 from rbkit.cli._options import UNRECORDED
-from rbkit.formats.document import digest
 
 
 def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,6 +28,12 @@ def entry(
         "parents": list(parents), "tool": tool, "version": __version__, "params": recorded(options),
         "seed": options.get("seed"), "model": model, "inputs": dict(inputs or {}),
     }  # fmt: skip
+    return _with_id(body)
+
+
+def _with_id(body: dict[str, Any]) -> dict[str, Any]:
+    from rbkit.formats.document import digest  # here: it loads numpy, which --help does not need
+
     return {"id": digest(body)[:16], **body}
 
 
@@ -36,4 +41,4 @@ def extended(history: Sequence[dict[str, Any]], new: dict[str, Any]) -> list[dic
     """The history with `new` at its end, linked to the last entry before it."""
     parents = [history[-1]["id"]] if history else []
     body = {key: value for key, value in new.items() if key != "id"} | {"parents": parents}
-    return [*history, {"id": digest(body)[:16], **body}]
+    return [*history, _with_id(body)]

@@ -53,7 +53,7 @@ class AtomicFile:
             raise IsADirectoryError(21, "Is a directory", os.fspath(path))
         # `path`, not its real path: /dev/stdout of a pipe resolves to a name that does not exist.
         if Path(path).exists() and not Path(path).is_file():
-            self.file: BinaryIO = Path(path).open("wb", buffering=0)
+            self.file: BinaryIO = Path(path).open("wb", buffering=0)  # noqa: SIM115
             return
         remove_orphans(self.target)
         self.temporary = self.target.parent / f"{_prefix(self.target)}{os.getpid()}.{secrets.token_hex(4)}"

@@ -190,6 +190,9 @@ def _metadata(raw: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
         )
     if meta.get("kind") not in KINDS:
         raise FormatError(f"kind {printable(str(meta.get('kind')))!r} is unknown; expected one of {', '.join(KINDS)}")
+    history = meta.get("history", [])
+    if not isinstance(history, list) or not all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in history):
+        raise FormatError("history must be a list of objects with an id")
     return meta, foreign
 
 

@@ -163,6 +163,12 @@ def test_booleans_are_normalised() -> None:
 
 # -------------------------------------------------------------------------------------------- hostile safetensors
 
+
+def rb_only(**more: Any) -> bytes:
+    """A document of nothing but our metadata."""
+    return blob({"__metadata__": {"rb": json.dumps({"schema": 1, "kind": "images", **more})}})
+
+
 GOOD = {"a": entry()}
 EMPTY = entry(shape=[0], offsets=[0, 0])
 # name: (bytes, words of our refusal, whether the library refuses too)
@@ -234,6 +240,8 @@ HOSTILE: dict[str, tuple[bytes, str, bool]] = {
     "rb key twice": (blob({"__metadata__": {"rb": '{"schema":1,"schema":1}'}}), "duplicate key 'schema'", False),
     "rb NaN": (blob({"__metadata__": {"rb": '{"schema":NaN}'}}), "NaN is not JSON", False),
     "schema 2": (blob({"__metadata__": {"rb": '{"schema":2,"kind":"images"}'}}), "schema 2 is not 1", False),
+    "history no list": (rb_only(history={}), "history must be a list", False),
+    "history without ids": (rb_only(history=[{"tool": "x"}]), "history must be a list", False),
     "kind unknown": (blob({"__metadata__": {"rb": '{"schema":1,"kind":"x\\n"}'}}), r"kind 'x\\\\n' is", False),
 }  # fmt: skip
 

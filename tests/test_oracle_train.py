@@ -238,11 +238,13 @@ def test_validation_counts_what_a_linear_model_must_lose(norm):
     label[:8] = 1 - label[:8]
     margin = logits.gather(1, label[:, None])[:, 0] - logits.gather(1, 1 - label[:, None])[:, 0]
     dual = float(difference.norm() if norm == "l2" else difference.abs().sum())
-    robust = margin > eps * dual
-    assert 5 < int(robust.sum()) < 48
+    robust, nearly = margin > eps * dual, margin > 0.95 * eps * dual
+    assert 5 < int(robust.sum()) <= int(nearly.sum()) < 45
     found = validate(model, Data(x, label, torch.arange(61)), replace(PGD, norm=norm, eps=eps))
     assert found["val_accuracy"] == pytest.approx(53 / 61)
-    assert found["val_robust_accuracy"] == pytest.approx(float(robust.double().mean()))
+    # Ten steps from a random start come within some percent of the optimum, and never past it.
+    low, high = float(robust.double().mean()), float(nearly.double().mean())
+    assert low - 1e-9 <= found["val_robust_accuracy"] <= high + 1e-9
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, replace(PGD, eps=0.0)])

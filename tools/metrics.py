@@ -291,7 +291,7 @@ def alignment(batch: Batch) -> Tensor:
 
 def etmann_alignment(batch: Batch) -> Tensor:
     """|<x, g>| / |g| with g the gradient of the margin between the first two classes (Etmann et al. 2019, Def. 3),
-    in [0, 1] pixels; for a linear binary model the distance to the decision boundary."""
+    in [0, 1] pixels; for a linear binary model without bias the distance to the decision boundary."""
     assert batch.explained is not None
 
     def measure(images: Tensor) -> Tensor:

@@ -27,13 +27,17 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.relu2 = nn.ReLU()
         self.downsample: nn.Module | None = None
+        # oneDNN 3.12 writes out of bounds in the weight gradient of a strided 1 x 1 convolution of fewer than 8
+        # channels (AVX2): there every other pixel is taken first, which gives the same sums.
+        self.skip = stride if channels < 8 else 1
         if stride != 1 or channels != planes:
-            shortcut = nn.Conv2d(channels, planes, 1, stride, bias=False)
+            shortcut = nn.Conv2d(channels, planes, 1, stride // self.skip, bias=False)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(planes))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        shortcut = x if self.downsample is None else self.downsample(x)
+        thinned = x if self.skip == 1 else x[:, :, :: self.skip, :: self.skip]
+        shortcut = x if self.downsample is None else self.downsample(thinned)
         return self.relu2(out + shortcut)
 
 

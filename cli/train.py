@@ -237,7 +237,9 @@ def _held_out(options: dict[str, Any], data: Data, device: torch.device) -> tupl
             raise Input(f"{options['val']}: images of another size than the training rows")
         return data, held
     share = float(options["val"])
-    chosen = torch.from_numpy(in_validation(data.ids.cpu().numpy(), fraction=share, seed=options["seed"])).to(device)
+    chosen = torch.from_numpy(
+        in_validation(data.ids.cpu().numpy(), fraction=share, seed=options["seed"], purpose="held out")
+    ).to(device)
     if not bool((~chosen).any()):
         raise Input("no rows are left to train on after --val; try --val 0")
     return data.rows(~chosen), (data.rows(chosen) if bool(chosen.any()) else None)

@@ -22,9 +22,14 @@ def nested_sample(total: int, count: int | None, *, seed: int) -> np.ndarray:
     return np.sort(np.argsort(rank, kind="stable")[:count])
 
 
-def in_validation(ids: np.ndarray, *, fraction: float = VALIDATION, seed: int = 0) -> np.ndarray:
-    """Which ids belong to the validation part: bool (N,), each with probability `fraction`, whatever the others are."""
-    return uniform_rows(ids.astype(np.int64), seed=seed, purpose="validation") < fraction
+def in_validation(
+    ids: np.ndarray, *, fraction: float = VALIDATION, seed: int = 0, purpose: str = "validation"
+) -> np.ndarray:
+    """Which ids belong to the validation part: bool (N,), each with probability `fraction`, whatever the others are.
+
+    `purpose` keeps choices apart: rows that were carved away by one choice would all be missing from the same choice.
+    """
+    return uniform_rows(ids.astype(np.int64), seed=seed, purpose=purpose) < fraction
 
 
 def shard_range(total: int, shard: int, shards: int) -> tuple[int, int]:

@@ -1,0 +1,193 @@
+"""Streams through real pipes: shards, order of rows, promptness, early readers and cut streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import numpy as st
+from conftest import BIN, environment, execute, shell
+
+ATTACK = ("--steps", 2, "--eps", "0.25", "-q")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, stream_file: Path, model_file: Path) -> Path:
+    """The 40 rows attacked in one piece."""
+    path = folder / "pipes-whole.safetensors"
+    assert execute("rb-attack", stream_file, "-m", model_file, *ATTACK, "-o", path).status == 0
+    return path
+
+
+def scores(*argv: object, stdin: bytes = b"", cwd: Path | None = None) -> str:
+    result = execute("rb-score", *argv, stdin=stdin, cwd=cwd)
+    assert result.status == 0, result.err
+    return result.out.decode()
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_shards_join_to_the_whole(count: int, tmp_path: Path, stream_file: Path, model_file: Path, whole: Path) -> None:
+    names = []
+    for k in range(1, count + 1):
+        names.append(tmp_path / f"{k}.safetensors")
+        done = execute("rb-attack", stream_file, "-m", model_file, *ATTACK, "--shard", f"{k}/{count}", "-o", names[-1])
+        assert done.status == 0, done.err
+    joined = tmp_path / "joined.safetensors"
+    assert execute("rb-info", "--join", *reversed(names), "-o", joined).status == 0
+    assert joined.read_bytes() == whole.read_bytes()
+    if count == 3:
+        stream = b"".join(name.read_bytes() for name in names)
+        assert scores("-m", model_file, stdin=stream) == scores("-m", model_file, whole)
+        missing = execute("rb-info", "--join", names[1], "-o", joined)
+        assert missing.status == 3 and "--array=1,3" in missing.err
+        assert joined.read_bytes() == whole.read_bytes()
+
+
+def test_more_shards_than_rows(tmp_path: Path, model_file: Path) -> None:
+    small = tmp_path / "small.safetensors"
+    assert execute("rb-data", "shapes", "--n", 3, "-o", small).status == 0
+    names = [tmp_path / f"{k}.safetensors" for k in (1, 2, 3, 4)]
+    for k, name in enumerate(names, 1):
+        done = execute("rb-attack", small, "-m", model_file, *ATTACK, "--shard", f"{k}/4", "-o", name)
+        assert done.status == 0, done.err
+    assert [len(st.load_file(name)["id"]) for name in names] == [0, 1, 1, 1]
+    joined = execute("rb-info", "--join", *names, "-o", tmp_path / "joined.safetensors")
+    assert joined.status == 0, joined.err
+    assert execute("rb-attack", small, "-m", model_file, *ATTACK, "-o", tmp_path / "all.safetensors").status == 0
+    assert (tmp_path / "joined.safetensors").read_bytes() == (tmp_path / "all.safetensors").read_bytes()
+
+
+def test_pipe_equals_file(tmp_path: Path, stream_file: Path, model_file: Path, whole: Path) -> None:
+    """The same tensors through pipes; redirected to an empty file, the same bytes."""
+    line = f"cat {stream_file} | rb-attack -m {model_file} --steps 2 --eps 0.25 -q > out.safetensors"
+    assert shell(line, cwd=tmp_path).status == 0
+    assert (tmp_path / "out.safetensors").read_bytes() == whole.read_bytes()
+    line = f"rb-data shapes --n 40 | rb-attack -m {model_file} --steps 2 --eps 0.25 -q | cat > pipe.rbs"
+    assert shell(line, cwd=tmp_path).status == 0
+    assert scores("-m", model_file, tmp_path / "pipe.rbs") == scores("-m", model_file, whole)
+    joined = execute("rb-info", "--join", tmp_path / "pipe.rbs", "-o", tmp_path / "joined.safetensors")
+    assert joined.status == 0, joined.err
+    assert (tmp_path / "joined.safetensors").read_bytes() == whole.read_bytes()
+
+
+def test_order_of_rows_changes_no_row(tmp_path: Path, stream_file: Path, model_file: Path, whole: Path) -> None:
+    """Reversed rows of a foreign file, with ids: each id has the same adversarial image and cost, bit for bit."""
+    rows = st.load_file(stream_file)
+    st.save_file({k: np.ascontiguousarray(v[::-1]) for k, v in rows.items()}, tmp_path / "back.safetensors")
+    out = tmp_path / "out.safetensors"
+    assert execute("rb-attack", tmp_path / "back.safetensors", "-m", model_file, *ATTACK, "-o", out).status == 0
+    found, expected = st.load_file(out), st.load_file(whole)
+    assert found["id"].tolist() == expected["id"][::-1].tolist()
+    for name in ("adversarial", "success", "forwards"):
+        assert np.array_equal(found[name][::-1], expected[name]), name
+
+
+@pytest.mark.parametrize("extra", [{}, {"PYTHONUNBUFFERED": "1"}])
+def test_head_ends_a_writer_quietly(extra: dict[str, str]) -> None:
+    writer = subprocess.Popen(
+        [BIN / "rb-data", "shapes", "--n", "4000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment(**extra),
+    )  # fmt: skip
+    assert writer.stdout is not None and writer.stderr is not None
+    assert len(writer.stdout.read(1000)) == 1000
+    writer.stdout.close()
+    assert writer.wait(60) == -13
+    assert writer.stderr.read() == b""
+    writer.stderr.close()
+
+
+def documents(*, count: int) -> list[bytes]:
+    """The parts of a stream of shapes, cut at their borders."""
+    raw = execute("rb-data", "shapes", "--n", count).out
+    parts = []
+    while raw:
+        header = int.from_bytes(raw[:8], "little")
+        end = max(t["data_offsets"][1] for n, t in json.loads(raw[8 : 8 + header]).items() if n != "__metadata__")
+        parts.append(raw[: 8 + header + end])
+        raw = raw[8 + header + end :]
+    return parts
+
+
+def test_results_leave_before_more_input_comes(model_file: Path) -> None:
+    """The rows of the first document are out while the second has not been sent."""
+    parts = documents(count=300)
+    assert len(parts) >= 2
+    tool = subprocess.Popen(
+        [BIN / "rb-attack", "-m", model_file, "--steps", "1", "-q"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=environment(),
+    )  # fmt: skip
+    assert tool.stdin is not None and tool.stdout is not None
+    tool.stdin.write(parts[0])
+    tool.stdin.flush()
+    ready, _, _ = select.select([tool.stdout], [], [], 60)
+    assert ready, "nothing came out before the second document was sent"
+    assert tool.poll() is None
+    first = os.read(tool.stdout.fileno(), 1 << 16)
+    assert b'"adversarial"' in first
+    rest, _ = tool.communicate(b"".join(parts[1:]))
+    assert tool.returncode == 0
+    assert execute("rb-info", "--check", stdin=first + rest).status == 0
+
+
+def test_a_cut_stream_stays_cut(tmp_path: Path, model_file: Path) -> None:
+    """A stream cut inside or between documents is refused in the middle of a pipe, and by the command after it."""
+    parts = documents(count=300)
+    for raw in (parts[0], parts[0] + parts[1][:-7]):
+        middle = execute("rb-attack", "-m", model_file, "--steps", 1, "-q", stdin=raw)
+        assert middle.status == 3 and middle.err.count("\n") == 1 and middle.err.startswith("rb-attack: "), middle.err
+        assert b'"last\\":true' not in middle.out.replace(b'"last":true', b'"last\\":true')
+        after = execute("rb-score", "-m", model_file, stdin=middle.out)
+        assert after.status == 3 and after.out == b"" and after.err.startswith("rb-score: ")
+
+
+def test_appended_output_is_a_stream(tmp_path: Path) -> None:
+    assert shell("rb-data shapes --n 2 > one.rbs; rb-data shapes --n 3 >> one.rbs", cwd=tmp_path).status == 0
+    described = execute("rb-info", tmp_path / "one.rbs")
+    assert [line.split(", ")[1] for line in described.out.decode().splitlines() if "images, " in line] == [
+        "2 rows",
+        "3 rows",
+    ]
+    assert execute("rb-data", "shapes", "--n", 2, "-o", tmp_path / "file.safetensors").status == 0
+    assert (tmp_path / "one.rbs").read_bytes().startswith((tmp_path / "file.safetensors").read_bytes())
+
+
+def test_output_to_a_fifo_and_to_null(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    line = "rb-info --check pipe & rb-data shapes --n 5 -o pipe && wait $! && test -p pipe"
+    assert shell(line, cwd=tmp_path, timeout=60).status == 0
+    assert execute("rb-data", "shapes", "--n", 5, "-o", "/dev/null").status == 0
+    assert Path("/dev/null").is_char_device()
+
+
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    """Ten times the rows through a pipe do not cost ten times the memory of rb-data and rb-info."""
+    peak = "import resource,subprocess,sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True); "
+    peak += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)"
+    used = []
+    for rows in ("1000", "20000"):
+        raw = subprocess.Popen([BIN / "rb-data", "shapes", "--n", rows], stdout=subprocess.PIPE, env=environment())
+        done = subprocess.run(
+            [sys.executable, "-c", peak, BIN / "rb-info"], stdin=raw.stdout, stderr=subprocess.PIPE, env=environment(),
+            check=True,
+        )  # fmt: skip
+        assert raw.stdout is not None
+        raw.stdout.close()
+        raw.wait()
+        used.append(int(done.stderr))
+    assert used[1] < used[0] + 20_000  # KiB; the rows alone are 60 MB
+
+
+def test_time_of_the_first_row(model_file: Path) -> None:
+    """--help neither loads torch nor takes long."""
+    begin = time.monotonic()
+    assert execute("rb-attack", "--help").status == 0
+    code = "import sys; import rbkit.cli.attack, rbkit.cli.score, rbkit.cli.train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
+    assert time.monotonic() - begin < 20

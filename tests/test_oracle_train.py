@@ -260,3 +260,14 @@ def test_training_does_not_use_the_global_generator():
     before = torch.random.get_rng_state()
     list(fit(state, data(), data(4), PGD))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_first_of_equally_good_epochs_is_kept(monkeypatch):
+    scores = iter([0.3, 0.7, 0.7, 0.1])
+    monkeypatch.setattr(train, "validate", lambda *_: {"val_accuracy": next(scores)})
+    recipe = replace(RECIPE, epochs=4)
+    state = begin(fresh(), recipe)
+    seen = [state.weights() for _ in fit(state, data(), data(3), recipe)]
+    assert (state.best, state.best_epoch) == (0.7, 2)
+    assert all(torch.equal(v, seen[1][k]) for k, v in state.best_weights.items())
+    assert not torch.equal(seen[1]["fc.weight"], seen[2]["fc.weight"])

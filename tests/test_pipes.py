@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import numpy as st
 from conftest import BIN, environment, execute, shell
+from safetensors import numpy as st
 
 ATTACK = ("--steps", 2, "--eps", "0.25", "-q")
 

@@ -1,0 +1,40 @@
+"""rb-score: records, pools, gates and streams of scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import execute
+
+
+def records(*argv: object) -> dict[tuple[str, str | None], dict]:
+    result = execute("rb-score", *argv)
+    assert result.status == 0, result.err
+    lines = [json.loads(line) for line in result.out.splitlines()]
+    return {(r["metric"], r.get("attack")): r for r in lines}
+
+
+def test_scores_merge(tmp_path: Path, stream_file: Path, model_file: Path) -> None:
+    """Shards are incomplete; their scores pooled by cat, without a model, say what the whole says."""
+    names = []
+    for k in (1, 2):
+        names.append(tmp_path / f"{k}.rbs")
+        part = records("-m", model_file, stream_file, "--shard", f"{k}/2", "-o", names[-1])
+        assert part["clean_accuracy", None]["complete"] is False
+    whole = records("-m", model_file, stream_file)["clean_accuracy", None]
+    merged = records(*names)["clean_accuracy", None]
+    assert {"metric", "value", "low", "high", "n", "unit", "better"} <= set(whole)
+    assert whole["n"] == merged["n"] == 40 and whole["low"] < whole["high"]
+    for key in ("value", "low", "high"):
+        assert merged[key] == pytest.approx(whole[key], abs=1e-10)
+    twice = execute("rb-score", names[0], names[0])
+    assert twice.status == 3 and twice.err.count("\n") == 1
+
+
+def test_gates(stream_file: Path, model_file: Path) -> None:
+    value = records("-m", model_file, stream_file)["clean_accuracy", None]["value"]
+    gates = {"clean_accuracy >= 0": 0, "clean_accuracy >= 1.5": 8, f"clean_accuracy >= {value}": 9, "nonsense": 2}
+    for gate, status in gates.items():
+        assert execute("rb-score", "-m", model_file, stream_file, "--expect", gate).status == status, gate

@@ -282,3 +282,16 @@ def test_blur_keeps_constants_and_means_and_spreads_a_point():
     y, x = torch.meshgrid(torch.arange(31.0) - 15, torch.arange(41.0) - 20, indexing="ij")
     for axis in (y, x):
         assert float((found * axis**2).sum()) == pytest.approx(4.0, rel=0.05)
+
+
+def test_refinement_computes_no_point_twice():
+    judged, calls = evaluation(linear()), []
+    judged.model.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].requires_grad))
+    spec = Saliency("ig", output="probability", steps=2, tolerance=0.01, max_steps=4096)
+    found = explain(judged, images(), TARGET, spec, ids=IDS)
+    assert len(found.steps.unique()) > 1
+    expected, steps = -(-N * (spec.steps + 1) // judged.block), spec.steps
+    while (still_open := int((found.steps > steps).sum())) > 0:
+        expected += -(-still_open * steps // judged.block)  # the midpoints alone
+        steps *= 2
+    assert sum(calls) == expected

@@ -11,7 +11,8 @@ from PIL import Image
 def test_view(tmp_path: Path) -> None:
     assert execute("rb-data", "shapes", "--n", 3, "-o", tmp_path / "s.safetensors").status == 0
     assert execute("rb-view", tmp_path / "s.safetensors", "-o", tmp_path / "sheet.png").status == 0
-    assert Image.open(tmp_path / "sheet.png").size[0] > 32
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size[0] > 32
     assert execute("rb-view", tmp_path / "s.safetensors", "-o", f"{tmp_path}/out/").status == 0
     assert len(list((tmp_path / "out").rglob("*.png"))) == 3
     piped = execute("rb-view", tmp_path / "s.safetensors")

@@ -7,7 +7,6 @@ import os
 import select
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -184,10 +183,8 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     assert used[1] < used[0] + 20_000  # KiB; the rows alone are 60 MB
 
 
-def test_time_of_the_first_row(model_file: Path) -> None:
-    """--help neither loads torch nor takes long."""
-    begin = time.monotonic()
+def test_help_loads_no_torch() -> None:
+    """The modules of the commands are imported without torch."""
     assert execute("rb-attack", "--help").status == 0
     code = "import sys; import rbkit.cli.attack, rbkit.cli.score, rbkit.cli.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
-    assert time.monotonic() - begin < 20

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rbkit.tools import random
@@ -205,6 +205,21 @@ def loss_of(
     return F.cross_entropy(clean, data.label) + recipe.beta * divergence, moved
 
 
+@contextmanager
+def _sound_kernels(classifier: Classifier) -> Iterator[None]:
+    """Keep networks of others from a fault of oneDNN, which writes out of bounds (or never returns) in the weight
+    gradient of a strided 1 x 1 convolution of fewer than 8 channels: torch's own kernels take over there.
+    """
+    layers = [m for m in classifier.modules() if isinstance(m, nn.Conv2d)]
+    faulty = any(m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 8 for m in layers)
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and not faulty
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 class NumericError(ArithmeticError):
     """Raised when a loss is NaN or infinite; carries what to report."""
 
@@ -233,11 +248,12 @@ def train_epoch(
     order = random.permutation(len(data), seed=recipe.seed, purpose="order", draw=state.epoch)
     inner = Inner(state.classifier, recipe) if recipe.method != "standard" else None
     state.classifier.train()
-    for index in range(state.step - state.epoch * steps, steps):
-        rows = order[index * recipe.batch : (index + 1) * recipe.batch]
-        found = _step(state, inner, data.rows(rows.to(data.label.device)), recipe, steps * recipe.epochs)
-        state.sums = [total + new for total, new in zip(state.sums, found, strict=True)]
-        tick(state.step)
+    with _sound_kernels(state.classifier):
+        for index in range(state.step - state.epoch * steps, steps):
+            rows = order[index * recipe.batch : (index + 1) * recipe.batch]
+            found = _step(state, inner, data.rows(rows.to(data.label.device)), recipe, steps * recipe.epochs)
+            state.sums = [total + new for total, new in zip(state.sums, found, strict=True)]
+            tick(state.step)
     loss, right, count = state.sums
     state.sums = [0.0, 0.0, 0.0]
     return {"train_loss": loss / count, "train_accuracy": right / count}

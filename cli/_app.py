@@ -14,7 +14,7 @@ import typer
 from rbkit.cli import __version__
 from rbkit.cli._errors import Failure, Terminated, reason
 
-TRAPPED = (signal.SIGTERM, signal.SIGHUP)
+TRAPPED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # not KeyboardInterrupt: typer would end it with status 0
 
 
 def command_of(name: str, function: Callable[..., Any]) -> Any:
@@ -71,9 +71,9 @@ def program(name: str, function: Callable[..., Any]) -> Callable[[], None]:
 
 def _run(name: str, function: Callable[..., Any]) -> int:
     try:
-        command_of(name, function)(args=_arguments(), prog_name=name, standalone_mode=False)
+        status = command_of(name, function)(args=_arguments(), prog_name=name, standalone_mode=False)
         _flush_stdout()
-        return 0
+        return status if isinstance(status, int) else 0
     except Failure as failure:
         return _report(name, failure, failure.status)
     except (BrokenPipeError, KeyboardInterrupt, Terminated):

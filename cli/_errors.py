@@ -67,7 +67,7 @@ class Stopped(Failure):
 
 
 class Terminated(BaseException):
-    """Raised by the handler of SIGTERM or SIGHUP, so that outputs are cleaned up on the way out."""
+    """Raised by the handler of SIGTERM, SIGHUP or SIGINT, so that outputs are cleaned up on the way out."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)

@@ -236,6 +236,17 @@ def refuse_terminal() -> None:
         raise Usage("refusing to write binary data to a terminal; use -o FILE, or a pipe")
 
 
+def check_writable(output: str) -> None:
+    """Refuse an output that cannot be created, before the work; devices and FIFOs are opened only when written."""
+    from rbkit.formats.atomic import AtomicFile
+
+    if output == "-":
+        refuse_terminal()
+    elif not Path(output).exists() or Path(output).is_file() or Path(output).is_dir():
+        with blame(Output, OSError):
+            AtomicFile(output).abort()
+
+
 def write_stdout(content: bytes) -> None:
     """All of `content` to standard output, now."""
     from rbkit.formats.stream import write_all

@@ -13,7 +13,7 @@ import typer
 from rbkit.cli import _checkpoint, _history, _io, _values
 from rbkit.cli._app import note, program
 from rbkit.cli._compute import load_model, set_up, to_tensor
-from rbkit.cli._errors import Input, Numbers, Output, Stopped, Usage, blame
+from rbkit.cli._errors import Input, Numbers, Output, Stopped, Terminated, Usage, blame
 from rbkit.cli._options import (
     DOCUMENT_LIMIT,
     EPS_HELP,
@@ -155,6 +155,7 @@ def train(
     options = dict(locals())
     recipe = _recipe(options)
     _io.refuse_same_file(source, output)
+    _check_outputs(output, last, log)
     place = set_up(device, threads)
     data, meta = _read(source, max_document, place)
     training, held_out = _held_out(options, data, place)
@@ -162,8 +163,6 @@ def train(
     job = _checkpoint.Job(options, recipe, data, path=None if output == "-" else f"{output}.ckpt")
     if resume and _finished(output, job):
         return
-    if output == "-":
-        _io.refuse_terminal()
     state = _begin(options, recipe, data, meta, place, resume, job)
     _run(options, state, training, held_out, recipe, job)
     _write(options, recipe, state, meta, data, job)
@@ -193,6 +192,16 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     names = Recipe.__dataclass_fields__
     plain = {name: options[name] for name in names if name in options}
     return Recipe(**{**plain, "method": method, "eps": radius, "steps": steps if radius else 0, "step_size": size})
+
+
+def _check_outputs(output: str, last: str | None, log: str | None) -> None:
+    """Refuse now what could not be written after hours of training."""
+    for path in (output, last):
+        if path is not None and (path.endswith("/") or path.lower().endswith(".png")):
+            raise Usage(f"{path}: a model is no picture; write it to .safetensors")
+    for path in (output, last, log):
+        if path is not None and (path != "-" or path == output):
+            _io.check_writable(path)
 
 
 def _is_share(text: str) -> bool:
@@ -344,7 +353,7 @@ def _catch(caught: list[int], number: int) -> None:
 def _stop(number: int, state: State, job: _checkpoint.Job) -> None:
     saved = job.save(state)
     if number == signal.SIGINT:
-        raise KeyboardInterrupt
+        raise Terminated(number)
     what = (
         f"saved at step {state.step}; run the same command with --resume"
         if saved

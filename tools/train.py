@@ -299,10 +299,16 @@ def validation_attack(recipe: Recipe) -> Attack | None:
 
 
 def validate(classifier: Classifier, data: Data, recipe: Recipe) -> dict[str, float]:
-    """Clean and (for robust recipes) adversarial accuracy on held-out rows, each row counted once."""
+    """Clean and (for robust recipes) adversarial accuracy on held-out rows, each row counted once.
+
+    Raises: NumericError when a logit is not finite: the last step of an epoch has no later loss that would tell.
+    """
     evaluation = Evaluation(classifier)
     images = as_float(data.image)
-    right = evaluation.logits(images).argmax(1) == data.label
+    logits = evaluation.logits(images)
+    if not bool(torch.isfinite(logits).all()):
+        raise NumericError("the model gives NaN or infinite logits on held-out rows; try a smaller --lr")
+    right = logits.argmax(1) == data.label
     result = {"val_accuracy": float(right.double().mean())}
     spec = validation_attack(recipe)
     if spec is not None:

@@ -1,0 +1,186 @@
+"""rb-train as a process: stopped, killed and run again it ends at the same bytes; bad numbers never become a model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BIN, Result, environment, execute
+from safetensors import numpy as st
+
+# A robust recipe with averages and momentum, so that all that a checkpoint holds matters.
+JOB = ("--width", 4, "--epochs", 4, "--batch", 16, "--eps", "0.5", "--steps", 2, "--ema", "0.9", "--seed", 3)
+
+
+@pytest.fixture(scope="module")
+def train_file(folder: Path) -> Path:
+    """96 labelled training images."""
+    path = folder / "train-process.safetensors"
+    assert execute("rb-data", "shapes", "--split", "train", "--n", 96, "-o", path).status == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, train_file: Path) -> Path:
+    """The model of JOB, never interrupted."""
+    path = folder / "whole.safetensors"
+    result = execute("rb-train", train_file, *JOB, "-q", "-o", path)
+    assert result.status == 0, result.err
+    assert result.err == "" and not Path(f"{path}.ckpt").exists()
+    return path
+
+
+@contextmanager
+def training(*argv: object) -> Iterator[subprocess.Popen[bytes]]:
+    """rb-train at work, ended with the block."""
+    process = subprocess.Popen(
+        [BIN / "rb-train", *map(str, argv)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, env=environment(),
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    """Until `path` is there."""
+    end = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, f"ended with {process.returncode} before {path.name} was there"
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def interrupted(tmp_path: Path, train_file: Path, number: int, *, delay: float) -> tuple[Path, Result]:
+    """The target of a job that got a signal `delay` seconds after its first checkpoint, and how the job ended."""
+    target = tmp_path / "model.safetensors"
+    with training(train_file, *JOB, "-q", "-o", target) as process:
+        wait_for(Path(f"{target}.ckpt"), process)
+        time.sleep(delay)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    return target, Result(process.returncode, b"", err.decode())
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "delay"), [(signal.SIGTERM, 75, 0.1), (signal.SIGUSR1, 75, 0.0), (signal.SIGKILL, -9, 0.15)]
+)
+def test_the_same_bytes_after_an_interruption(
+    number: int, status: int, delay: float, tmp_path: Path, train_file: Path, whole: Path
+) -> None:
+    target, ended = interrupted(tmp_path, train_file, number, delay=delay)
+    assert ended.status == status, ended.err
+    assert not target.exists()
+    assert Path(f"{target}.ckpt").exists()
+    if status == 75:
+        assert ended.err.count("\n") == 1 and "--resume" in ended.err
+    again = execute("rb-train", train_file, *JOB, "--resume", "-o", target)
+    assert again.status == 0, again.err
+    assert "resumed at epoch" in again.err
+    assert target.read_bytes() == whole.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == [target.name]
+
+
+def test_ctrl_c_saves_and_dies_of_it(tmp_path: Path, train_file: Path) -> None:
+    target, ended = interrupted(tmp_path, train_file, signal.SIGINT, delay=0)
+    assert ended.status == -signal.SIGINT
+    assert "stopping after this step" in ended.err and "Traceback" not in ended.err
+    assert Path(f"{target}.ckpt").exists() and not target.exists()
+
+
+def test_a_finished_job_is_left_alone(tmp_path: Path, train_file: Path, whole: Path) -> None:
+    before = whole.stat()
+    result = execute("rb-train", train_file, *JOB, "--resume", "-o", whole)
+    assert (result.status, result.err) == (0, "")
+    after = whole.stat()
+    assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
+
+
+def test_another_job_never_goes_on_from_a_checkpoint(tmp_path: Path, train_file: Path) -> None:
+    """A changed option, changed rows and a damaged checkpoint are told apart; the checkpoint stays."""
+    target, ended = interrupted(tmp_path, train_file, signal.SIGTERM, delay=0)
+    assert ended.status == 75
+    checkpoint = Path(f"{target}.ckpt")
+    kept = checkpoint.read_bytes()
+
+    result = execute("rb-train", train_file, *JOB, "--lr", "0.05", "--resume", "-o", target)
+    assert result.status == 2 and "lr 0.2, now 0.05" in result.err, result.err
+    other = tmp_path / "other.safetensors"
+    assert execute("rb-data", "shapes", "--split", "train", "--n", 64, "-o", other).status == 0
+    result = execute("rb-train", other, *JOB, "--resume", "-o", target)
+    assert result.status == 2 and "data" in result.err, result.err
+    assert checkpoint.read_bytes() == kept and not target.exists()
+
+    checkpoint.write_bytes(kept[:-3])
+    result = execute("rb-train", train_file, *JOB, "--resume", "-o", target)
+    assert result.status == 3 and "truncated" in result.err and result.err.count("\n") == 1, result.err
+    assert not target.exists()
+
+
+def test_resume_without_a_checkpoint_starts_afresh(tmp_path: Path, train_file: Path, whole: Path) -> None:
+    target = tmp_path / "m.safetensors"
+    assert execute("rb-train", train_file, *JOB, "-q", "-o", target, "--resume").status == 0
+    assert target.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(("epochs", "batch"), [(2, 16), (1, 64)])
+def test_a_loss_that_is_no_number_makes_no_model(epochs: int, batch: int, tmp_path: Path, train_file: Path) -> None:
+    """Also where only the very last step went astray, which no loss tells."""
+    target = tmp_path / "m.safetensors"
+    result = execute(
+        "rb-train", train_file, "--width", 4, "--epochs", epochs, "--batch", batch, "--lr", "1e30", "--schedule",
+        "constant", "--val", "0.4", "-q", "-o", target,
+    )  # fmt: skip
+    assert result.status == 5 and result.err.count("\n") == 1, result.err
+    assert not target.exists()
+
+
+def test_the_log_counts_epochs_once(tmp_path: Path, train_file: Path) -> None:
+    log, last = tmp_path / "log.jsonl", tmp_path / "last.safetensors"
+    result = execute(
+        "rb-train", train_file, "--width", 4, "--epochs", 3, "--batch", 32, "--log", log, "--last", last, "-q",
+        "-o", tmp_path / "best.safetensors",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [r["epoch"] for r in records if r["event"] == "epoch"] == [1, 2, 3]
+    assert all(0 <= r["val_accuracy"] <= 1 and r["train_loss"] > 0 for r in records)
+    assert execute("rb-info", "--check", last, tmp_path / "best.safetensors").status == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({"image": np.zeros((5, 3, 6, 7), np.uint8)}, "no labels"),
+        ({"image": np.zeros((5, 3, 6, 7), np.uint8), "label": np.array([0, 1, -1, 1, 0])}, "label[2]"),
+        ({"image": np.zeros((0, 3, 6, 7), np.uint8), "label": np.zeros(0, np.int64)}, "no rows"),
+    ],
+)
+def test_rows_that_teach_nothing(rows: dict[str, np.ndarray], words: str, tmp_path: Path) -> None:
+    st.save_file(rows, tmp_path / "rows.safetensors")
+    target = tmp_path / "m.safetensors"
+    result = execute("rb-train", tmp_path / "rows.safetensors", "--width", 4, "--epochs", 1, "-q", "-o", target)
+    assert result.status == 3 and words in result.err and result.err.count("\n") == 1, result.err
+    assert not target.exists()
+
+
+def test_an_output_that_cannot_be_is_told_before_training(tmp_path: Path, train_file: Path) -> None:
+    """Hours of training must not end in a folder that was never there."""
+    begin = time.monotonic()
+    argv = ("rb-train", train_file, "--width", 4, "--epochs", 1000, "-q")
+    for extra in (("-o", tmp_path / "no" / "m.safetensors"), ("-o", tmp_path / "m.safetensors", "--last", "/no/x")):
+        result = execute(*argv, *extra, timeout=60)
+        assert result.status == 4 and result.err.count("\n") == 1, result.err
+    assert time.monotonic() - begin < 60
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import typer
 from rbkit.cli import __version__
 from rbkit.cli._errors import Failure, Terminated, reason
 
+UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF, errno.EIO)
 TRAPPED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # not KeyboardInterrupt: typer would end it with status 0
 
 
@@ -59,9 +61,10 @@ def program(name: str, function: Callable[..., Any]) -> Callable[[], None]:
             _die(signal.SIGINT)
         except BrokenPipeError:
             _die(signal.SIGPIPE)
-        sys.stdout.flush()
-        # Skip the interpreter's own flush at exit: all is written, and a closed pipe would print a message.
-        sys.stderr.flush()
+        # Skip the interpreter's own flush at exit: all is written or reported, and a closed pipe would print a message.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         os._exit(status)
 
     main.__doc__ = function.__doc__
@@ -96,6 +99,8 @@ def _other(name: str, error: Exception) -> int:
         hint = f"; try '{name} --help'" if error.exit_code == 2 else ""
         text = error.format_message().rstrip(".") + hint
         return _report(name, RuntimeError(text), 2)
+    if isinstance(error, OSError) and error.errno in UNWRITTEN and error.filename is None:  # --help > /dev/full
+        return _report(name, OSError(f"standard output: write error: {error.strerror}"), 4)
     if type(error).__name__ in ("Exit", "Abort"):
         return int(getattr(error, "exit_code", 1))
     return _report(

@@ -213,7 +213,7 @@ def _sound_kernels(classifier: Classifier) -> Iterator[None]:
     layers = [m for m in classifier.modules() if isinstance(m, nn.Conv2d)]
     faulty = any(m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 8 for m in layers)
     before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and not faulty
+    torch.backends.mkldnn.enabled = before and not faulty  # type: ignore[assignment]
     try:
         yield
     finally:

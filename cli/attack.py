@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rbkit.formats.stream import Chunk
     from rbkit.tools.ascend import Batch
     from rbkit.tools.attack import Attack, Attacked
+    from rbkit.tools.models import Evaluation
 
 NAMES = ("fgsm", "pgd")
 LOSSES = ("ce", "margin", "dlr")
@@ -195,16 +197,35 @@ def _attack_stream(options: dict[str, Any], eps: float, victim: Model, stream: I
                 note("rb-attack", f"{chunk.place}: no labels; the model's own predictions stand in")
             yield chunk
 
-    ahead = _io.ReadAhead(checked())
+    rows = checked()
+    first = next(rows)
+    options = {**options, "refill": options["refill"] and not _slots_matter(victim, evaluation, first, options)}
+    ahead = _io.ReadAhead(itertools.chain([first], rows))
     history = _history.entry("rb-attack", _recorded(options, spec), model=victim.sha)
-    total: int | None = None
-    with Progress("rb-attack", total=total, unit="images", quiet=options["quiet"]) as progress:
+    with Progress("rb-attack", total=None, unit="images", quiet=options["quiet"]) as progress:
         poll = _poll(ahead, evaluation.device, options)
-        for chunk, result in _io.guarded(lambda: tool.run(evaluation, spec, poll)):
+        for chunk, result in _io.guarded(lambda: tool.run(evaluation, spec, poll, refill=options["refill"])):
             arrays = {**chunk.arrays, **_columns(chunk, result)}
             sink.write(arrays, _meta(chunk, spec, victim, history), last=chunk.last)
             progress.expect(None if options["shard"] else chunk.meta.get("total"))
             progress.advance(chunk.count)
+
+
+def _slots_matter(victim: Model, evaluation: Evaluation, first: Chunk, options: dict[str, Any]) -> bool:
+    """Try once whether rows of somebody's architecture depend on their slot; rbkit's own were tested not to."""
+    import torch
+
+    from rbkit.tools.architectures import OWN
+    from rbkit.tools.attack import slots_matter
+    from rbkit.tools.train import as_float
+
+    if victim.meta["arch"] in OWN or not options["refill"] or not first.count:
+        return False
+    images = as_float(to_tensor(first.arrays["image"][: evaluation.block], evaluation.device))
+    found = slots_matter(evaluation, images, torch.zeros(len(images), dtype=torch.int64, device=images.device))
+    if found and not options["quiet"]:
+        note("rb-attack", f"{victim.path}: a row's numbers depend on its place in the block; going on with --no-refill")
+    return found
 
 
 def _poll(ahead: _io.ReadAhead, device: Any, options: dict[str, Any]) -> Callable[[bool], Batch | None]:

@@ -27,9 +27,9 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.relu2 = nn.ReLU()
         self.downsample: nn.Module | None = None
-        # oneDNN 3.12 writes out of bounds in the weight gradient of a strided 1 x 1 convolution of fewer than 8
-        # channels (AVX2): there every other pixel is taken first, which gives the same sums.
-        self.skip = stride if channels < 8 else 1
+        # oneDNN 3.12 writes out of bounds in the weight gradient of a strided 1 x 1 convolution of fewer channels than
+        # its block (8 on AVX2, 16 on AVX-512): there every other pixel is taken first, which gives the same sums.
+        self.skip = stride if channels < 16 else 1
         if stride != 1 or channels != planes:
             shortcut = nn.Conv2d(channels, planes, 1, stride // self.skip, bias=False)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(planes))

@@ -198,8 +198,8 @@ def polling(batches: Iterable[Batch]) -> Poll:
 class _Flow:
     """Rows from batches to slots and back, in order."""
 
-    def __init__(self, poll: Poll) -> None:
-        self.poll = poll
+    def __init__(self, poll: Poll, *, refill: bool) -> None:
+        self.poll, self.refill = poll, refill
         self.entries: deque[_Entry] = deque()
         self.ended = False
         self.owner: dict[int, tuple[_Entry, int]] = {}
@@ -222,12 +222,17 @@ class _Flow:
         return True
 
     def fill(self, slots: Slots) -> None:
-        """Give free slots to waiting rows; another batch is taken in only if it is ready."""
+        """Give free slots to waiting rows; another batch is taken in only if it is ready.
+
+        Without refilling, slots are given only when all are free, and to rows of one batch.
+        """
+        if self.owner and not self.refill:
+            return
         free = [s for s in range(slots.block) if s not in self.owner]
         while free:
             entry = next((e for e in self.entries if e.waiting), None)
             if entry is None:
-                if self.ask(False):
+                if self.refill and self.ask(False):
                     continue
                 return
             count = min(len(free), len(entry.waiting))
@@ -251,12 +256,15 @@ class _Flow:
             yield entry.batch, entry.outcome
 
 
-def flow(objective: Objective, plan: Plan, poll: Poll, *, block: int) -> Iterator[tuple[Batch, Outcome]]:
+def flow(
+    objective: Objective, plan: Plan, poll: Poll, *, block: int, refill: bool = True
+) -> Iterator[tuple[Batch, Outcome]]:
     """Climb from every row of the batches of `poll`; batches leave in the order in which they came.
 
     Slots are refilled across batches that are ready (`poll(False)`); nothing waits for input while rows can climb.
+    Without `refill` a block takes rows of one batch and keeps them until all are done.
     """
-    state = _Flow(poll)
+    state = _Flow(poll, refill=refill)
     while True:
         yield from state.finished()
         if not state.entries and not state.ask(True):

@@ -164,7 +164,30 @@ def prepare(evaluation: Evaluation, spec: Attack, batch: Batch) -> Batch:
     return Batch(batch.ids, batch.clean, context, skip, (batch.tag, prediction, earlier))
 
 
-def run(evaluation: Evaluation, spec: Attack, poll: Poll) -> Iterator[tuple[object, Attacked]]:
+def slots_matter(evaluation: Evaluation, images: Tensor, labels: Tensor) -> bool:
+    """Whether a row's logits or input gradient depend, to the last bit, on its slot or on its neighbours.
+
+    One block of `images` is computed as it is, in reverse order, and with every other row replaced by the first.
+    """
+    block = evaluation.block
+    rows = torch.arange(block, device=images.device) % len(images)
+    images, labels = images[rows], labels[rows]
+    value, gradient = _probe(evaluation, images, labels)
+    reverse = _probe(evaluation, images.flip(0), labels.flip(0))
+    lonely, targets = images.clone(), labels.clone()
+    lonely[1::2], targets[1::2] = images[0], labels[0]
+    alone = _probe(evaluation, lonely, targets)
+    same = torch.equal(value, reverse[0].flip(0)) and torch.equal(gradient, reverse[1].flip(0))
+    return not (same and torch.equal(value[::2], alone[0][::2]) and torch.equal(gradient[::2], alone[1][::2]))
+
+
+def _probe(evaluation: Evaluation, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    images = images.detach().requires_grad_()
+    logits = evaluation(images)
+    return logits.detach(), torch.autograd.grad(cross_entropy(logits, labels).sum(), images)[0]
+
+
+def run(evaluation: Evaluation, spec: Attack, poll: Poll, *, refill: bool = True) -> Iterator[tuple[object, Attacked]]:
     """Attack batches as they come; yields (tag of the batch, result) in order, rows refilled across ready batches."""
 
     def ready(wait: bool) -> Batch | None:
@@ -172,7 +195,7 @@ def run(evaluation: Evaluation, spec: Attack, poll: Poll) -> Iterator[tuple[obje
         return None if batch is None else prepare(evaluation, spec, batch)
 
     goal = objective(evaluation, spec.loss, targeted=spec.targeted)
-    for batch, outcome in flow(goal, spec.plan(), ready, block=evaluation.block):
+    for batch, outcome in flow(goal, spec.plan(), ready, block=evaluation.block, refill=refill):
         tag, prediction, earlier = batch.tag
         assert batch.skip is not None
         if earlier is not None:

@@ -208,10 +208,10 @@ def loss_of(
 @contextmanager
 def _sound_kernels(classifier: Classifier) -> Iterator[None]:
     """Keep networks of others from a fault of oneDNN, which writes out of bounds (or never returns) in the weight
-    gradient of a strided 1 x 1 convolution of fewer than 8 channels: torch's own kernels take over there.
+    gradient of a strided 1 x 1 convolution of fewer channels than its block (up to 16): torch's own kernels take over there.
     """
     layers = [m for m in classifier.modules() if isinstance(m, nn.Conv2d)]
-    faulty = any(m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 8 for m in layers)
+    faulty = any(m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 16 for m in layers)
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and not faulty  # type: ignore[assignment]
     try:

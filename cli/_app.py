@@ -81,6 +81,10 @@ def _run(name: str, function: Callable[..., Any]) -> int:
         return _report(name, failure, failure.status)
     except (BrokenPipeError, KeyboardInterrupt, Terminated):
         raise
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # typer ends with status 1 where a reader went away
+            raise end.__context__ from None
+        raise
     except MemoryError:
         return _report(name, MemoryError("out of memory; try a smaller --block or fewer rows"), 6)
     except Exception as error:

@@ -116,7 +116,7 @@ def documents(*, count: int) -> list[bytes]:
 
 def test_results_leave_before_more_input_comes(model_file: Path) -> None:
     """The rows of the first document are out while the second has not been sent."""
-    parts = documents(count=300)
+    parts = documents(count=600)
     assert len(parts) >= 2
     tool = subprocess.Popen(
         [BIN / "rb-attack", "-m", model_file, "--steps", "1", "-q"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -137,7 +137,7 @@ def test_results_leave_before_more_input_comes(model_file: Path) -> None:
 
 def test_a_cut_stream_stays_cut(tmp_path: Path, model_file: Path) -> None:
     """A stream cut inside or between documents is refused in the middle of a pipe, and by the command after it."""
-    parts = documents(count=300)
+    parts = documents(count=600)
     for raw in (parts[0], parts[0] + parts[1][:-7]):
         middle = execute("rb-attack", "-m", model_file, "--steps", 1, "-q", stdin=raw)
         assert middle.status == 3 and middle.err.count("\n") == 1 and middle.err.startswith("rb-attack: "), middle.err
@@ -169,9 +169,12 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     """Ten times the rows through a pipe do not cost ten times the memory of rb-data and rb-info."""
     peak = "import resource,subprocess,sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True); "
     peak += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)"
+    np.savez(tmp_path / "images.npz", image=np.zeros((20_000, 3, 32, 32), np.uint8))
     used = []
     for rows in ("1000", "20000"):
-        raw = subprocess.Popen([BIN / "rb-data", "shapes", "--n", rows], stdout=subprocess.PIPE, env=environment())
+        raw = subprocess.Popen(
+            [BIN / "rb-data", "npz", tmp_path / "images.npz", "--n", rows], stdout=subprocess.PIPE, env=environment()
+        )
         done = subprocess.run(
             [sys.executable, "-c", peak, BIN / "rb-info"], stdin=raw.stdout, stderr=subprocess.PIPE, env=environment(),
             check=True,

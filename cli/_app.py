@@ -175,7 +175,9 @@ def _trap() -> None:
 
 
 def _die(signum: int) -> None:
-    """Really die by the signal, so that shells, make and schedulers see it."""
+    """Really die by the signal, so that shells, make and schedulers see it; half-written outputs go."""
+    if "rbkit.formats.atomic" in sys.modules:
+        sys.modules["rbkit.formats.atomic"].forget_unfinished()
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
     signal.signal(signum, signal.SIG_DFL)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 MARK = ".rb-tmp."
+_unfinished: set[Path] = set()
 
 
 def _prefix(target: Path) -> str:
@@ -57,6 +58,7 @@ class AtomicFile:
             return
         remove_orphans(self.target)
         self.temporary = self.target.parent / f"{_prefix(self.target)}{os.getpid()}.{secrets.token_hex(4)}"
+        _unfinished.add(self.temporary)
         try:
             fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except OSError as error:  # name what was asked for, not the temporary file
@@ -78,6 +80,7 @@ class AtomicFile:
             if self.temporary is not None:
                 os.fsync(self.file.fileno())
                 self.temporary.rename(self.target)
+                _unfinished.discard(self.temporary)
                 self.temporary = None
                 _sync_directory(self.target.parent)
             self.file.close()
@@ -89,9 +92,17 @@ class AtomicFile:
         """Forget the new content."""
         if self.temporary is not None:
             self.temporary.unlink(missing_ok=True)
+            _unfinished.discard(self.temporary)
             self.temporary = None
         with contextlib.suppress(OSError):  # a full disk may refuse the last flush; the file is gone already
             self.file.close()
+
+
+def forget_unfinished() -> None:
+    """Remove the temporary files of this process: for one that ends by a signal, wherever that reached it."""
+    while _unfinished:
+        with contextlib.suppress(OSError):
+            _unfinished.pop().unlink(missing_ok=True)
 
 
 def _sync_directory(directory: Path) -> None:

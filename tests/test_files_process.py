@@ -90,7 +90,7 @@ def test_an_old_target_keeps_its_mode_and_its_link(npz: Path) -> None:
 def test_a_signal_ends_a_writer_and_leaves_the_old_target(number: int, tmp_path: Path) -> None:
     target = tmp_path / "x.safetensors"
     target.write_bytes(b"old")
-    job = start("rb-data", *SLOW, "-o", target, stderr=subprocess.PIPE)
+    job = start("rb-data", *SLOW, "-o", target, stderr=subprocess.PIPE)  # at work or just beginning: all is well
     until(lambda: len(list(tmp_path.iterdir())) > 1, job)
     job.send_signal(number)
     _, err = job.communicate(timeout=60)

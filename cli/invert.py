@@ -204,15 +204,8 @@ class _Side:
             assert self.images is not None and self.ids is not None
             chosen = random.integers(ids, len(self.images), seed=self.seed, purpose="start image", draw=draw)
             same = self.ids[chosen] == ids  # another image, where there is one
-            return self.images[torch_where(same, (chosen + 1) % len(self.images), chosen)]
+            return self.images[(chosen + same.long()) % len(self.images)]
         return tool.grey_noise(ids, shape, seed=self.seed, draw=draw)
-
-
-def torch_where(condition: Any, first: Any, second: Any) -> Any:
-    """torch.where, imported when it is needed."""
-    import torch
-
-    return torch.where(condition, first, second)
 
 
 def _load(path: str, subject: Model, device: torch.device) -> tuple[Any, Any, Any]:

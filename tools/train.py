@@ -159,7 +159,6 @@ class Inner:
     def __init__(self, classifier: Classifier, recipe: Recipe) -> None:
         self.recipe, self.classifier = recipe, classifier
         self.folded = Evaluation(classifier)
-        self.draw = 0
 
     def _plan(self, epoch: int, done: float) -> Plan:
         recipe = self.recipe
@@ -240,7 +239,6 @@ def train_epoch(
     """What is left of a pass over the data; returns the mean loss and accuracy over examples.
 
     `tick(step)` is called after each step, when `state` may be saved; what it raises ends the pass.
-
 
     Raises: NumericError with step and learning rate when the loss is not finite.
     """

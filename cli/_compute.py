@@ -124,14 +124,6 @@ def _load_state(net: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
         raise ValueError(" ".join(str(error).split())[:300]) from None
 
 
-def check_input(model: Model, shape: Sequence[int], *, place: str) -> None:
-    """Refuse images that the model does not take; nothing is resized or repeated in silence."""
-    expected = model.meta.get("input")
-    if expected is not None and list(shape) != list(expected):
-        want, got = ("x".join(map(str, s)) for s in (expected, shape))
-        raise Input(f"{place}: the model expects images of {want}, got {got}; try rb-data --size, --grey or --rgb")
-
-
 def to_tensor(array: Any, device: torch.device) -> torch.Tensor:
     """An array of a chunk as a tensor on `device`."""
     import torch

@@ -42,3 +42,9 @@ def extended(history: Sequence[dict[str, Any]], new: dict[str, Any]) -> list[dic
     parents = [history[-1]["id"]] if history else []
     body = {key: value for key, value in new.items() if key != "id"} | {"parents": parents}
     return [*history, _with_id(body)]
+
+
+def passed_on(meta: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The metadata that an output takes over from its input, with `new` at the end of the history."""
+    kept = {key: value for key, value in meta.items() if key not in ("part", "sha256")}
+    return kept | {"history": extended(meta.get("history") or [], new)}

@@ -12,8 +12,8 @@ import typer
 
 from rbkit.cli import _history, _io, _values
 from rbkit.cli._app import note, program
-from rbkit.cli._compute import Model, check_input, load_model, set_up, to_tensor
-from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._compute import Model, load_model, set_up, to_tensor
+from rbkit.cli._errors import Usage
 from rbkit.cli._options import (
     BLOCK,
     DOCUMENT_LIMIT,
@@ -33,7 +33,7 @@ from rbkit.cli._options import (
     Threads,
 )
 from rbkit.cli._progress import Progress
-from rbkit.formats.errors import FormatError
+from rbkit.cli._rows import checked
 
 if TYPE_CHECKING:
     from rbkit.formats.stream import Chunk
@@ -178,26 +178,11 @@ def _attack_all(
 
 
 def _attack_stream(options: dict[str, Any], eps: float, victim: Model, stream: Iterator[Chunk], sink: _io.Sink) -> None:
-    from rbkit.formats.rows import RowChecker
     from rbkit.tools import attack as tool
 
     spec = _spec(options, eps)
     evaluation = victim.evaluation(options["block"])
-    checker = RowChecker(classes=victim.classes)
-    said: set[str] = set()
-
-    def checked() -> Iterator[Chunk]:
-        for chunk in stream:
-            with blame(Input, FormatError):
-                chunk = checker(chunk)
-            _check_earlier(chunk, spec)
-            check_input(victim, chunk.arrays["image"].shape[1:], place=chunk.place)
-            if "label" not in chunk.arrays and not options["quiet"] and not said:
-                said.add("label")
-                note("rb-attack", f"{chunk.place}: no labels; the model's own predictions stand in")
-            yield chunk
-
-    rows = checked()
+    rows = _admitted(checked(stream, victim), spec, quiet=options["quiet"])
     first = next(rows)
     options = {**options, "refill": options["refill"] and not _slots_matter(victim, evaluation, first, options)}
     ahead = _io.ReadAhead(itertools.chain([first], rows))
@@ -209,6 +194,17 @@ def _attack_stream(options: dict[str, Any], eps: float, victim: Model, stream: I
             sink.write(arrays, _meta(chunk, spec, victim, history), last=chunk.last)
             progress.expect(None if options["shard"] else chunk.meta.get("total"))
             progress.advance(chunk.count)
+
+
+def _admitted(stream: Iterator[Chunk], spec: Attack, *, quiet: bool) -> Iterator[Chunk]:
+    """The chunks that this attack may add to; says once where labels are missing."""
+    said = quiet
+    for chunk in stream:
+        _check_earlier(chunk, spec)
+        if "label" not in chunk.arrays and not said:
+            said = True
+            note("rb-attack", f"{chunk.place}: no labels; the model's own predictions stand in")
+        yield chunk
 
 
 def _slots_matter(victim: Model, evaluation: Evaluation, first: Chunk, options: dict[str, Any]) -> bool:
@@ -292,9 +288,7 @@ def _meta(chunk: Chunk, spec: Attack, victim: Model, history: dict[str, Any]) ->
     earlier = chunk.meta.get("attack")
     if earlier is not None:
         described["name"] = f"{earlier['name']}+{spec.name}"
-    kept = {key: value for key, value in chunk.meta.items() if key not in ("part", "sha256")}
-    chain = _history.extended(chunk.meta.get("history") or [], history)
-    return {**kept, "kind": "adversarial", "attack": described, "history": chain}
+    return _history.passed_on(chunk.meta, history) | {"kind": "adversarial", "attack": described}
 
 
 main = program("rb-attack", attack)

@@ -10,7 +10,7 @@ import typer
 
 from rbkit.cli import _history, _io, _values
 from rbkit.cli._app import program
-from rbkit.cli._compute import Model, check_input, load_model, set_up, side_digest, to_tensor
+from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
 from rbkit.cli._errors import Input, Usage, blame
 from rbkit.cli._options import (
     BLOCK,
@@ -28,8 +28,7 @@ from rbkit.cli._options import (
     Source,
     Threads,
 )
-from rbkit.cli._progress import Progress
-from rbkit.formats.errors import FormatError
+from rbkit.cli._rows import checked, load_images, watched
 
 if TYPE_CHECKING:
     import torch
@@ -136,10 +135,17 @@ def invert(
         model=subject.sha,
         inputs=side.digests,
     )
-    stream = _io.chunks(source, shard=part, max_document=max_document)
+    evaluation = subject.evaluation(block)
+    stream = checked(_io.chunks(source, shard=part, max_document=max_document), subject)
+    rows = watched(stream, tool="rb-invert", options=options)
     with _io.Sink(output, no_history=no_history) as sink:
-        work = _excite if mode == "feature" else _invert_stream
-        work(options, spec, subject, side, stream, sink, entry)
+        if mode == "feature":
+            arrays, meta = _excite(options, spec, evaluation, side, list(rows))
+            sink.write(arrays, _meta(meta, spec, options, subject, entry), last=True)
+            return
+        for chunk in rows:
+            arrays = _invert_chunk(options, spec, evaluation, side, chunk)
+            sink.write(arrays, _meta(chunk.meta, spec, options, subject, entry), last=chunk.last)
 
 
 def _spec(options: dict[str, Any]) -> Inversion:
@@ -168,17 +174,17 @@ class _Side:
     """Side inputs: images to start from, and the Gaussians of class seeds."""
 
     def __init__(self, options: dict[str, Any], subject: Model, device: torch.device) -> None:
-        self.kind, self.seed = options["start"], options["seed"]
+        self.kind, self.seed, limit = options["start"], options["seed"], options["max_document"]
         self.digests = {k: side_digest(options[k]) for k in ("start_from", "seeds_from") if options[k] is not None}
         self.images: torch.Tensor | None = None
         self.ids: torch.Tensor | None = None
         self.gaussians: Any = None
         if options["start_from"] is not None:
-            self.images, self.ids, _ = _load(options["start_from"], subject, device)
+            self.images, self.ids, _ = load_images(options["start_from"], subject, device, max_document=limit)
         if options["seeds_from"] is not None:
             from rbkit.tools.invert import fit_seeds
 
-            images, _, labels = _load(options["seeds_from"], subject, device)
+            images, _, labels = load_images(options["seeds_from"], subject, device, max_document=limit)
             if labels is None:
                 raise Input(f"{options['seeds_from']}: no labels; class seeds need them")
             with blame(Input, ValueError, prefix=f"{options['seeds_from']}: "):
@@ -206,52 +212,6 @@ class _Side:
             same = self.ids[chosen] == ids  # another image, where there is one
             return self.images[(chosen + same.long()) % len(self.images)]
         return tool.grey_noise(ids, shape, seed=self.seed, draw=draw)
-
-
-def _load(path: str, subject: Model, device: torch.device) -> tuple[Any, Any, Any]:
-    """(images, ids, labels or None) of a whole stream."""
-    import torch
-
-    from rbkit.formats.rows import RowChecker
-    from rbkit.tools.train import as_float
-
-    checker = RowChecker(classes=subject.classes)
-    images, ids, labels = [], [], []
-    for chunk in _io.chunks(path):
-        with blame(Input, FormatError):
-            chunk = checker(chunk)
-        check_input(subject, chunk.arrays["image"].shape[1:], place=chunk.place)
-        images.append(as_float(to_tensor(chunk.arrays["image"], device)))
-        ids.append(to_tensor(chunk.arrays["id"], device))
-        if "label" in chunk.arrays:
-            labels.append(to_tensor(chunk.arrays["label"], device))
-    if not sum(map(len, images)):
-        raise Input(f"{path}: no rows")
-    return torch.cat(images), torch.cat(ids), torch.cat(labels) if labels else None
-
-
-def _invert_stream(
-    options: dict[str, Any],
-    spec: Inversion,
-    subject: Model,
-    side: _Side,
-    stream: Any,
-    sink: _io.Sink,
-    entry: dict[str, Any],
-) -> None:
-    from rbkit.formats.rows import RowChecker
-
-    evaluation = subject.evaluation(options["block"])
-    checker = RowChecker(classes=subject.classes)
-    with Progress("rb-invert", total=None, unit="images", quiet=options["quiet"]) as progress:
-        for chunk in stream:
-            with blame(Input, FormatError):
-                chunk = checker(chunk)
-            check_input(subject, chunk.arrays["image"].shape[1:], place=chunk.place)
-            arrays = _invert_chunk(options, spec, evaluation, side, chunk)
-            sink.write(arrays, _meta(chunk.meta, spec, options, subject, entry), last=chunk.last)
-            progress.expect(None if options["shard"] else chunk.meta.get("total"))
-            progress.advance(chunk.count)
 
 
 def _invert_chunk(
@@ -283,29 +243,16 @@ def _invert_chunk(
 
 
 def _excite(
-    options: dict[str, Any],
-    spec: Inversion,
-    subject: Model,
-    side: _Side,
-    stream: Any,
-    sink: _io.Sink,
-    entry: dict[str, Any],
-) -> None:
-    """One row per unit; the stream gives the images among which the most exciting are found."""
+    options: dict[str, Any], spec: Inversion, evaluation: Evaluation, side: _Side, chunks: list[Chunk]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One row per unit, and its metadata; the stream gives the images among which the most exciting are found."""
     import numpy as np
     import torch
 
-    from rbkit.formats.rows import RowChecker
     from rbkit.tools import invert as tool
     from rbkit.tools.train import as_float
 
-    evaluation = subject.evaluation(options["block"])
-    checker, chunks = RowChecker(classes=subject.classes), []
-    for chunk in stream:
-        with blame(Input, FormatError):
-            chunks.append(checker(chunk))
     shown = np.concatenate([c.arrays["image"] for c in chunks])
-    check_input(subject, shown.shape[1:], place=chunks[0].place)
     known = np.concatenate([c.arrays["id"] for c in chunks])
     if not len(known):
         raise Input("no rows; exciting units needs images to compare with")
@@ -322,17 +269,14 @@ def _excite(
         "activation": activation.cpu().numpy(), "unit": units.cpu().numpy(), "id": units.cpu().numpy(),
         "top_id": known[top.cpu().numpy()],
     }  # fmt: skip
-    meta = {**chunks[0].meta, "first": 0, "total": len(units)}
-    sink.write(arrays, _meta(meta, spec, options, subject, entry), last=True)
+    return arrays, {**chunks[0].meta, "first": 0, "total": len(units)}
 
 
 def _meta(
     meta: dict[str, Any], spec: Inversion, options: dict[str, Any], subject: Model, entry: dict[str, Any]
 ) -> dict[str, Any]:
     described = {**asdict(spec), "start": options["start"], "model": subject.sha}
-    kept = {key: value for key, value in meta.items() if key not in ("part", "sha256")}
-    chain = _history.extended(meta.get("history") or [], entry)
-    return {**kept, "kind": "inversions", "inversion": described, "history": chain}
+    return _history.passed_on(meta, entry) | {"kind": "inversions", "inversion": described}
 
 
 main = program("rb-invert", invert)

@@ -10,8 +10,8 @@ import typer
 
 from rbkit.cli import _history, _io, _values
 from rbkit.cli._app import note, program
-from rbkit.cli._compute import Model, check_input, load_model, set_up, side_digest, to_tensor
-from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
+from rbkit.cli._errors import Input, Usage
 from rbkit.cli._options import (
     BLOCK,
     DOCUMENT_LIMIT,
@@ -28,8 +28,7 @@ from rbkit.cli._options import (
     Source,
     Threads,
 )
-from rbkit.cli._progress import Progress
-from rbkit.formats.errors import FormatError
+from rbkit.cli._rows import checked, load_images, watched
 
 if TYPE_CHECKING:
     import torch
@@ -113,14 +112,17 @@ def saliency(
     part = _values.shard(shard)
     place = set_up(device, threads)
     subject = load_model(model, archs=arch, device=place)
-    reference = _background(background, subject, max_document, place)
+    reference = None if background is None else load_images(background, subject, place, max_document=max_document)[0]
     inputs = {} if background is None else {"background": side_digest(background)}
     entry = _history.entry(
         "rb-saliency", {k: v for k, v in options.items() if k != "background"}, model=subject.sha, inputs=inputs
     )
     stream = _io.chunks(source, shard=part, max_document=max_document)
     with _io.Sink(output, no_history=no_history) as sink:
-        _explain_stream(options, spec, subject, reference, stream, sink, entry)
+        evaluation = subject.evaluation(block)
+        for chunk in watched(checked(stream, subject), tool="rb-saliency", options=options):
+            arrays, explained_of = _explain_chunk(options, spec, evaluation, reference, chunk)
+            sink.write(arrays, _meta(chunk, spec, options, subject, explained_of, entry), last=chunk.last)
 
 
 def _spec(options: dict[str, Any]) -> Saliency:
@@ -144,50 +146,6 @@ def _spec(options: dict[str, Any]) -> Saliency:
         sigma=_values.number(options["sigma"], option="--sigma"), baseline=options["baseline"], baselines=options["baselines"],
         tolerance=options["tolerance"], max_steps=options["max_steps"], seed=options["seed"],
     )  # fmt: skip
-
-
-def _background(path: str | None, subject: Model, max_document: int, device: torch.device) -> torch.Tensor | None:
-    import torch
-
-    from rbkit.formats.rows import RowChecker
-    from rbkit.tools.train import as_float
-
-    if path is None:
-        return None
-    checker, parts = RowChecker(), []
-    for chunk in _io.chunks(path, max_document=max_document):
-        with blame(Input, FormatError):
-            chunk = checker(chunk)
-        check_input(subject, chunk.arrays["image"].shape[1:], place=chunk.place)
-        parts.append(as_float(to_tensor(chunk.arrays["image"], device)))
-    images = torch.cat(parts)
-    if not len(images):
-        raise Input(f"{path}: no rows; a background needs at least one image")
-    return images
-
-
-def _explain_stream(
-    options: dict[str, Any],
-    spec: Saliency,
-    subject: Model,
-    reference: Any,
-    stream: Any,
-    sink: _io.Sink,
-    entry: dict[str, Any],
-) -> None:
-    from rbkit.formats.rows import RowChecker
-
-    evaluation = subject.evaluation(options["block"])
-    checker = RowChecker(classes=subject.classes)
-    with Progress("rb-saliency", total=None, unit="images", quiet=options["quiet"]) as progress:
-        for chunk in stream:
-            with blame(Input, FormatError):
-                chunk = checker(chunk)
-            check_input(subject, chunk.arrays["image"].shape[1:], place=chunk.place)
-            arrays, explained_of = _explain_chunk(options, spec, evaluation, reference, chunk)
-            sink.write(arrays, _meta(chunk, spec, options, subject, explained_of, entry), last=chunk.last)
-            progress.expect(None if options["shard"] else chunk.meta.get("total"))
-            progress.advance(chunk.count)
 
 
 def _explain_chunk(
@@ -233,9 +191,7 @@ def _meta(
     chunk: Chunk, spec: Saliency, options: dict[str, Any], subject: Model, explained_of: str, entry: dict[str, Any]
 ) -> dict[str, Any]:
     described = {**asdict(spec), "target": options["target"], "of": explained_of, "model": subject.sha}
-    kept = {key: value for key, value in chunk.meta.items() if key not in ("part", "sha256")}
-    chain = _history.extended(chunk.meta.get("history") or [], entry)
-    return {**kept, "kind": "attributions", "saliency": described, "history": chain}
+    return _history.passed_on(chunk.meta, entry) | {"kind": "attributions", "saliency": described}
 
 
 main = program("rb-saliency", saliency)

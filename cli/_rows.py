@@ -1,0 +1,66 @@
+"""Rows of images as the commands take them: checked against the format's rules and against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rbkit.cli import _io
+from rbkit.cli._compute import Model, to_tensor
+from rbkit.cli._errors import Input, blame
+from rbkit.cli._progress import Progress
+from rbkit.formats.errors import FormatError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rbkit.formats.stream import Chunk
+
+
+def check_input(model: Model, shape: Sequence[int], *, place: str) -> None:
+    """Refuse images that the model does not take; nothing is resized or repeated in silence."""
+    expected = model.meta.get("input")
+    if expected is not None and list(shape) != list(expected):
+        want, got = ("x".join(map(str, s)) for s in (expected, shape))
+        raise Input(f"{place}: the model expects images of {want}, got {got}; try rb-data --size, --grey or --rgb")
+
+
+def checked(stream: Iterable[Chunk], model: Model | None) -> Iterator[Chunk]:
+    """The chunks of a stream, each with sound rows of a size that the model takes. Raises: Input."""
+    from rbkit.formats.rows import RowChecker
+
+    checker = RowChecker(classes=None if model is None else model.classes)
+    for chunk in stream:
+        with blame(Input, FormatError):
+            chunk = checker(chunk)
+        if model is not None:
+            check_input(model, chunk.arrays["image"].shape[1:], place=chunk.place)
+        yield chunk
+
+
+def watched(stream: Iterable[Chunk], *, tool: str, options: dict[str, Any]) -> Iterator[Chunk]:
+    """The chunks, with a progress bar that moves on once the caller is done with each."""
+    with Progress(tool, total=None, unit="images", quiet=options["quiet"]) as progress:
+        for chunk in stream:
+            yield chunk
+            progress.expect(None if options["shard"] else chunk.meta.get("total"))
+            progress.advance(chunk.count)
+
+
+def load_images(
+    path: str, model: Model, device: torch.device, *, max_document: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(images float32, ids, labels or None) of a whole side input. Raises: Input, also where it has no rows."""
+    import torch
+
+    from rbkit.tools.train import as_float
+
+    images, ids, labels = [], [], []
+    for chunk in checked(_io.chunks(path, max_document=max_document), model):
+        images.append(as_float(to_tensor(chunk.arrays["image"], device)))
+        ids.append(to_tensor(chunk.arrays["id"], device))
+        if "label" in chunk.arrays:
+            labels.append(to_tensor(chunk.arrays["label"], device))
+    if not sum(map(len, images)):
+        raise Input(f"{path}: no rows, expected at least one image")
+    return torch.cat(images), torch.cat(ids), torch.cat(labels) if labels else None

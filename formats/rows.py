@@ -10,6 +10,7 @@ from rbkit.formats.errors import FormatError
 from rbkit.formats.stream import Chunk
 
 IMAGE_LIKE = ("image", "adversarial", "inverted")
+FINITE = ("attribution", "completeness_error", "start")
 IMAGE_DTYPES = ("uint8", "float16", "float32", "float64")
 
 
@@ -25,12 +26,7 @@ def check_pixels(array: np.ndarray, *, name: str, first: int) -> np.ndarray:
     if np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= 1:
         return array.astype(np.float32, copy=False)
     flat = array.reshape(len(array), -1)
-    bad = ~np.isfinite(flat).all(1)
-    if bad.any():
-        row = int(bad.argmax())
-        raise FormatError(
-            f"{name}[{first + row}] has {int((~np.isfinite(flat[row])).sum())} values that are NaN or infinite"
-        )
+    check_finite(array, name=name, first=first)
     row = int(((flat < 0) | (flat > 1)).any(1).argmax())
     worst = max(flat[row].tolist(), key=lambda v: max(-v, v - 1))
     what = (
@@ -41,6 +37,16 @@ def check_pixels(array: np.ndarray, *, name: str, first: int) -> np.ndarray:
         else ""
     )
     raise FormatError(f"{name}[{first + row}] holds {worst:.6g}, expected values in [0, 1]{what}")
+
+
+def check_finite(array: np.ndarray, *, name: str, first: int) -> None:
+    """Refuse rows with NaN or infinite values. Raises: FormatError, also where the values are no numbers at all."""
+    if array.dtype.kind not in "fiu":
+        raise FormatError(f"{name} is {array.dtype}, expected float32")
+    wrong = ~np.isfinite(array.reshape(len(array), -1))
+    if wrong.any():
+        row = int(wrong.any(1).argmax())
+        raise FormatError(f"{name}[{first + row}] has {int(wrong[row].sum())} values that are NaN or infinite")
 
 
 def check_labels(array: np.ndarray, *, name: str, first: int, classes: int | None) -> np.ndarray:
@@ -58,11 +64,11 @@ def check_labels(array: np.ndarray, *, name: str, first: int, classes: int | Non
 class RowChecker:
     """Checks chunk after chunk of a stream; ids must be unique within it.
 
-    classes: number of classes where known; images_required: streams of scores have none.
+    classes: number of classes where known.
     """
 
-    def __init__(self, *, classes: int | None = None, unique: bool = True) -> None:
-        self.classes, self.unique = classes, unique
+    def __init__(self, *, classes: int | None = None) -> None:
+        self.classes = classes
         self.seen: set[int] = set()
         self.shape: tuple[int, ...] | None = None
 
@@ -94,6 +100,9 @@ class RowChecker:
         for name in ("label", "target", "attack_target"):
             if name in arrays:
                 arrays[name] = check_labels(arrays[name], name=name, first=chunk.first, classes=self.classes)
+        for name in FINITE:
+            if name in arrays:
+                check_finite(arrays[name], name=name, first=chunk.first)
         if "mask" in arrays and arrays["mask"].shape[1:] != shape[1:]:
             raise FormatError(f"mask is {list(arrays['mask'].shape[1:])} per row, expected {list(shape[1:])}")
         arrays["id"] = self._ids(arrays, chunk)
@@ -108,9 +117,8 @@ class RowChecker:
         if len(ids) and int(ids.max()) >= 2**63:
             raise FormatError(f"id {int(ids.max())} does not fit int64")
         ids = ids.astype(np.int64, copy=False)
-        if self.unique:
-            for value in ids.tolist():
-                if value in self.seen:
-                    raise FormatError(f"id {value} appears twice; ids must be unique within a stream")
-                self.seen.add(value)
+        for value in ids.tolist():
+            if value in self.seen:
+                raise FormatError(f"id {value} appears twice; ids must be unique within a stream")
+            self.seen.add(value)
         return ids

@@ -184,3 +184,16 @@ def test_an_output_that_cannot_be_is_told_before_training(tmp_path: Path, train_
         assert result.status == 4 and result.err.count("\n") == 1, result.err
     assert time.monotonic() - begin < 60
     assert list(tmp_path.iterdir()) == []
+
+
+def test_side_files(tmp_path: Path, train_file: Path, stream_file: Path, model_file: Path) -> None:
+    """TRADES from given weights with a held-out stream, averages, a log and the last model."""
+    done = execute(
+        "rb-train", train_file, "--width", 4, "--batch", 64, "--epochs", 1, "--method", "trades", "--eps", "0.25",
+        "--steps", 1, "--ema", "0.9", "--val", stream_file, "--init", model_file, "--last", tmp_path / "last.safetensors",
+        "--log", tmp_path / "log", "-q", "-o", tmp_path / "m.safetensors",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    epochs = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [e["epoch"] for e in epochs if e["event"] == "epoch"] == [1] and "val_robust_accuracy" in epochs[-1]
+    assert execute("rb-info", "--check", tmp_path / "last.safetensors", tmp_path / "m.safetensors").status == 0

@@ -46,25 +46,30 @@ class _Shape:
     interlaced: bool
 
 
-def _chunks(file: BinaryIO, *, name: str, max_bytes: int) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """(type, body, raw bytes) of each chunk after the signature, up to and with IEND."""
-    offset = 8
-    while True:
-        head = _read_exactly(file, 8)  # a raw pipe may deliver less at a time
-        if len(head) < 8:
-            raise FormatError(f"{name}: truncated PNG (no IEND); the file ends at byte {offset + len(head)}")
-        size, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if offset + size > max_bytes:
-            raise LimitError(f"{name}: {offset + size} bytes of PNG, more than {max_bytes}; try --max-pixels")
-        body = _read_exactly(file, size + 4)
-        if len(body) < size + 4:
-            raise FormatError(f"{name}: truncated PNG in {printable(repr(kind))} at byte {offset}")
-        if zlib.crc32(kind + body[:size]) != int.from_bytes(body[size:], "big"):
-            raise FormatError(f"{name}: bad CRC in {printable(repr(kind))} at byte {offset}")
-        yield kind, body[:size], head + body
-        if kind == b"IEND":
-            return
-        offset += 12 + size
+class _Chunks:
+    """(type, body, raw bytes) of each chunk after the signature, up to and with IEND; together at most `limit` bytes."""
+
+    def __init__(self, file: BinaryIO, *, name: str) -> None:
+        self.file, self.name, self.limit = file, name, SLACK
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes, bytes]]:
+        offset, name = 8, self.name
+        while True:
+            head = _read_exactly(self.file, 8)  # a raw pipe may deliver less at a time
+            if len(head) < 8:
+                raise FormatError(f"{name}: truncated PNG (no IEND); the file ends at byte {offset + len(head)}")
+            size, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if offset + size > self.limit:
+                raise LimitError(f"{name}: {offset + size} bytes of PNG, more than {self.limit}, which its pixels need")
+            body = _read_exactly(self.file, size + 4)
+            if len(body) < size + 4:
+                raise FormatError(f"{name}: truncated PNG in {printable(repr(kind))} at byte {offset}")
+            if zlib.crc32(kind + body[:size]) != int.from_bytes(body[size:], "big"):
+                raise FormatError(f"{name}: bad CRC in {printable(repr(kind))} at byte {offset}")
+            yield kind, body[:size], head + body
+            if kind == b"IEND":
+                return
+            offset += 12 + size
 
 
 def _read_exactly(file: BinaryIO, size: int) -> bytes:
@@ -137,13 +142,15 @@ def read(file: BinaryIO, *, name: str, max_pixels: int = MAX_PIXELS) -> Picture:
     packed: list[bytes] = []
     text: dict[str, Any] = {}
     shape = None
-    for kind, body, piece in _chunks(file, name=name, max_bytes=64 * max_pixels + SLACK):
+    chunks = _Chunks(file, name=name)
+    for kind, body, piece in chunks:
         if shape is not None and kind == b"IHDR":
             raise FormatError(f"{name}: a second IHDR")
         if shape is None:
             if kind != b"IHDR":
                 raise FormatError(f"{name}: the first chunk is {printable(repr(kind))}, expected IHDR")
             shape = _header(body, name=name, max_pixels=max_pixels)
+            chunks.limit += 2 * _inflated_size(shape)  # stored deflate blocks add little; the rest is for other chunks
         if kind == b"acTL":
             raise FormatError(f"{name}: animated PNG; extract one frame first")
         if kind == b"tEXt":
@@ -160,7 +167,8 @@ def read(file: BinaryIO, *, name: str, max_pixels: int = MAX_PIXELS) -> Picture:
 def _decode(raw: bytes, shape: _Shape, *, name: str) -> np.ndarray:
     from PIL import Image, ImageOps
 
-    Image.MAX_IMAGE_PIXELS = None  # our own limit was applied above
+    # Our own limit was applied above; Pillow's is raised to what passed it, never lowered or switched off.
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, shape.width * shape.height)
     try:
         with Image.open(io.BytesIO(raw), formats=["PNG"]) as image:
             image.load()

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from rbkit.tools.models import Classifier
     from rbkit.tools.train import Data, Recipe, State
 
-METHODS = ("standard", "pgd", "fgsm", "trades")
+METHODS = ("standard", "pgd", "fgsm", "trades", "noise", "gradient-penalty")
+ROBUST = ("pgd", "fgsm", "trades")  # = tools.train.ROBUST, which would cost torch to import here
 SCHEDULES = ("onecycle", "cosine", "constant")
 AUGMENTS = ("crop-flip", "crop", "none")
 SELECTS = ("mean", "clean", "robust", "last")
@@ -80,7 +81,16 @@ def train(
             "--eps-ramp", metavar="X", min=0, max=1, help="Share of the steps over which the radius rises from 0."
         ),
     ] = 0.0,
-    beta: Annotated[float, typer.Option("--beta", metavar="X", min=0, help="trades: weight of the robust term.")] = 6.0,
+    beta: Annotated[
+        float,
+        typer.Option(
+            "--beta", metavar="X", min=0, help="trades: weight of the robust term; gradient-penalty: of the penalty."
+        ),
+    ] = 6.0,
+    sigma: Annotated[
+        str | None,
+        typer.Option("--sigma", metavar="X", help="noise: Gaussian noise in [0, 1] pixels.", show_default=False),
+    ] = None,
     attack_bn: Annotated[
         str,
         typer.Option(
@@ -182,16 +192,20 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     radius = _values.number(options["eps"], option="--eps")
     method = options["method"] or ("pgd" if radius else "standard")
     _values.choice(method, METHODS, option="--method")
-    if (method == "standard") != (radius == 0):
+    if (method in ROBUST) != (radius > 0):
         raise Usage(
-            f"--method {method} with --eps {options['eps']}: robust methods need a radius, standard training has none"
+            f"--method {method} with --eps {options['eps']}: {', '.join(ROBUST)} need a radius, others have none"
         )
+    if (method == "noise") != (options["sigma"] is not None):
+        raise Usage("--method noise and --sigma X go together")
+    sigma = 0.0 if options["sigma"] is None else _values.number(options["sigma"], option="--sigma")
     steps = 1 if method == "fgsm" else options["steps"]
     default = 1.25 * radius if method == "fgsm" else 2.5 * radius / steps
     size = default if options["step_size"] is None else _values.number(options["step_size"], option="--step-size")
     names = Recipe.__dataclass_fields__
     plain = {name: options[name] for name in names if name in options}
-    return Recipe(**{**plain, "method": method, "eps": radius, "steps": steps if radius else 0, "step_size": size})
+    own = {"method": method, "eps": radius, "steps": steps if radius else 0, "step_size": size, "sigma": sigma}
+    return Recipe(**{**plain, **own})
 
 
 def _check_outputs(output: str, last: str | None, log: str | None) -> None:

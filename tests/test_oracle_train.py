@@ -76,6 +76,12 @@ def loss_by_hand(model, recipe, x, attacked, label):
         p = F.softmax(clean, 1)
         divergence = (p * (p.log() - F.log_softmax(moved, 1))).sum(1).mean()
         return F.cross_entropy(clean, label) + recipe.beta * divergence, moved
+    if recipe.method == "gradient-penalty":
+        x = x.requires_grad_()
+        logits = model(x)
+        loss = F.cross_entropy(logits, label, reduction="sum")
+        (g,) = torch.autograd.grad(loss, x, create_graph=True)
+        return (loss + recipe.beta * (g**2).sum()) / len(x), logits
     logits = model(x if attacked is None else attacked)
     return F.cross_entropy(logits, label), logits
 
@@ -108,7 +114,10 @@ def train_by_hand(recipe: Recipe, rows: Data):
             label, ids, done = rows.label[part], rows.ids[part], step / (per_epoch * recipe.epochs)
             x = crop_flip(rows.image[part] / 255, ids, seed=recipe.seed, epoch=epoch)
             attacked = None
-            if recipe.method != "standard":
+            if recipe.method == "noise":
+                noise = random.normal(ids, x.shape[1:], seed=recipe.seed, purpose="training noise", draw=epoch)
+                x = torch.minimum(torch.maximum(x + recipe.sigma * noise, torch.zeros(())), torch.ones(()))
+            elif recipe.eps:
                 attacked = attack_by_hand(model, recipe, x, label, ids, epoch=epoch, done=done)
             loss, logits = loss_by_hand(model, recipe, x, attacked, label)
             gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -132,6 +141,8 @@ RECIPES = {
     "train mode": replace(PGD, attack_bn="train"),
     "trades, train mode": replace(PGD, method="trades", attack_bn="train"),
     "ramp": replace(PGD, eps_ramp=0.6),
+    "noise": replace(RECIPE, method="noise", sigma=0.3),
+    "gradient-penalty": replace(RECIPE, method="gradient-penalty", beta=20.0),
     "ema": replace(RECIPE, ema=0.6),
 }
 

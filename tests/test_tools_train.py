@@ -121,6 +121,8 @@ RECIPES = {
     "bn train": {"method": "pgd", "attack_bn": "train"},
     "ema": {"method": "pgd", "ema": 0.9},
     "ramp": {"method": "pgd", "eps_ramp": 0.5},
+    "noise": {"method": "noise", "sigma": 0.1, "eps": 0.0},
+    "gradient-penalty": {"method": "gradient-penalty", "beta": 1.0, "eps": 0.0},
     "crop": {"method": "standard", "augment": "crop", "schedule": "cosine"},
 }
 
@@ -131,7 +133,7 @@ def test_each_recipe_lowers_the_loss(name):
     records = list(fit(state, data(), data(20, seed=1), recipe(epochs=4, **RECIPES[name])))
     assert [r["epoch"] for r in records] == [1, 2, 3, 4] and state.step == 12
     assert records[-1]["train_loss"] < 0.9 * records[0]["train_loss"]
-    assert ("val_robust_accuracy" in records[0]) == (RECIPES[name]["method"] != "standard")
+    assert ("val_robust_accuracy" in records[0]) == (RECIPES[name]["method"] in train.ROBUST)
     for record in records:
         assert record.get("val_robust_accuracy", 0) <= record["val_accuracy"]
 

@@ -25,14 +25,19 @@ from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.norms import NORMS
 
 
+ROBUST = ("pgd", "fgsm", "trades")  # methods with an inner attack
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained, as recorded in its file.
 
-    method: standard, pgd, fgsm (one step from a random start) or trades (with `beta`). norm, eps, steps, step_size:
-    the inner attack, in [0, 1] pixels. eps_ramp: share of the steps over which eps and step_size rise from 0, which
-    keeps a hard ball from stalling the first epochs. attack_bn: `eval` (default) or `train`, as the paper does. schedule: `onecycle`
-    (up over `warmup` of the steps, then linearly to 0), `cosine` (to 0) or `constant`. ema: decay per step, 0 for none.
+    method: standard; pgd, fgsm (one step from a random start) or trades (with `beta`), which are robust; noise
+    (Gaussian, `sigma` in [0, 1] pixels) or gradient-penalty (`beta` times the squared input gradient), which are
+    controls: smooth, but not trained against an attack. norm, eps, steps, step_size: the inner attack, in [0, 1]
+    pixels. eps_ramp: share of the steps over which eps and step_size rise from 0, which keeps a hard ball from
+    stalling the first epochs. attack_bn: `eval` (default) or `train`, as the paper does. schedule: `onecycle` (up over
+    `warmup` of the steps, then linearly to 0), `cosine` (to 0) or `constant`. ema: decay per step, 0 for none.
     """
 
     epochs: int
@@ -43,6 +48,7 @@ class Recipe:
     step_size: float = 0.0
     eps_ramp: float = 0.0
     beta: float = 6.0
+    sigma: float = 0.0
     attack_bn: str = "eval"
     batch: int = 128
     lr: float = 0.1
@@ -187,12 +193,33 @@ class Inner:
         return drive(goal, self._plan(epoch, done), Batch(data.ids, images, context))
 
 
+def noisy(images: Tensor, data: Data, recipe: Recipe, *, epoch: int) -> Tensor:
+    """Images (N, C, H, W) with Gaussian noise of `sigma`, cut to the box."""
+    shape = tuple(images.shape[1:])
+    noise = random.normal(data.ids, shape, seed=recipe.seed, purpose="training noise", draw=epoch)
+    return (images + recipe.sigma * noise).clamp(0, 1)
+
+
+def penalised(classifier: Classifier, images: Tensor, label: Tensor, *, weight: float) -> tuple[Tensor, Tensor]:
+    """(mean cross-entropy plus `weight` times the mean squared L2 norm of its input gradient, logits).
+
+    Source: Drucker and Le Cun 1992; Ross and Doshi-Velez 2018, equation 4, without the log.
+    """
+    images = images.detach().requires_grad_()
+    logits = classifier(images)
+    losses = F.cross_entropy(logits, label, reduction="none")
+    gradient = torch.autograd.grad(losses.sum(), images, create_graph=True)[0]
+    return losses.mean() + weight * gradient.flatten(1).square().sum(1).mean(), logits
+
+
 def loss_of(
     classifier: Classifier, inner: Inner | None, images: Tensor, data: Data, recipe: Recipe, *, epoch: int, done: float
 ) -> tuple[Tensor, Tensor]:
     """(mean loss, logits on what was trained on) of one batch."""
+    if recipe.method == "gradient-penalty":
+        return penalised(classifier, images, data.label, weight=recipe.beta)
     if inner is None:
-        logits = classifier(images)
+        logits = classifier(noisy(images, data, recipe, epoch=epoch) if recipe.method == "noise" else images)
         return F.cross_entropy(logits, data.label), logits
     attacked = inner(images, data, epoch=epoch, done=done)
     if recipe.method != "trades":
@@ -244,7 +271,7 @@ def train_epoch(
     """
     steps = steps_per_epoch(data, recipe)
     order = random.permutation(len(data), seed=recipe.seed, purpose="order", draw=state.epoch)
-    inner = Inner(state.classifier, recipe) if recipe.method != "standard" else None
+    inner = Inner(state.classifier, recipe) if recipe.method in ROBUST else None
     state.classifier.train()
     with _sound_kernels(state.classifier):
         for index in range(state.step - state.epoch * steps, steps):
@@ -291,7 +318,7 @@ def _step(state: State, inner: Inner | None, batch: Data, recipe: Recipe, total:
 
 def validation_attack(recipe: Recipe) -> Attack | None:
     """The attack that a model is validated under: PGD-10 of the training ball."""
-    if recipe.method == "standard" or recipe.eps == 0:
+    if recipe.method not in ROBUST or recipe.eps == 0:
         return None
     return pgd(norm=recipe.norm, eps=recipe.eps, steps=10, seed=recipe.seed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +66,18 @@ def data(
     ] = None,
     grey: Annotated[bool, typer.Option("--grey", help="folder, png: one channel (luma).")] = False,
     rgb: Annotated[bool, typer.Option("--rgb", help="folder, png: three channels (grey is repeated).")] = False,
+    cue: Annotated[
+        float,
+        typer.Option("--cue", metavar="L2", min=0, help="shapes: plant a faint shortcut of this norm; 0: none."),
+    ] = 0.0,
+    cue_shift: Annotated[
+        int,
+        typer.Option("--cue-shift", metavar="K", min=0, max=7, help="Plant the cue of the K-th next class instead."),
+    ] = 0,
+    shuffle_labels: Annotated[
+        bool,
+        typer.Option("--shuffle-labels", help="Labels drawn at random: the control that nothing can be learned from."),
+    ] = False,
     layout: Annotated[
         str | None,
         typer.Option("--layout", metavar="nchw|nhwc", help="npz: where the channels are.", show_default=False),
@@ -86,6 +99,8 @@ def data(
     _check_options(options)
     with blame(Input, ValueError, OSError):
         source = _open_source(options)
+    if shuffle_labels:
+        source = _shuffled(source, seed)
     rows = _select(source, kind, split=split, n=n, seed=seed)
     part = _values.shard(shard)
     meta = _meta(source, options, total=len(rows))
@@ -102,6 +117,10 @@ def _check_options(options: dict[str, Any]) -> None:
         _values.choice(options["layout"], ("nchw", "nhwc"), option="--layout")
     if options["grey"] and options["rgb"]:
         raise Usage("--grey and --rgb exclude each other")
+    if options["cue"] and kind != "shapes":
+        raise Usage(f"--cue goes with shapes, not with {kind}")
+    if options["cue_shift"] and not options["cue"]:
+        raise Usage("--cue-shift needs --cue L2")
     wanted = {"folder": (0, 1), "png": (1, 10**9), "npz": (1, 1), "idx": (1, 2)}.get(kind, (0, 0))
     if not wanted[0] <= len(paths) <= wanted[1] or (kind == "folder" and not (paths or options["root"])):
         raise Usage(f"{kind}: got {len(paths)} paths; see rb-data --help")
@@ -150,12 +169,13 @@ def _shapes(options: dict[str, Any]) -> DataSet:
     from rbkit.tools import shapes
 
     seed, split = options["seed"], options["split"]
+    cue = shapes.Cue(options["cue"], options["cue_shift"]) if options["cue"] else None
 
     def fetch(indices: np.ndarray) -> dict[str, np.ndarray]:
         import torch
 
-        image, label, mask = shapes.generate(torch.from_numpy(indices.astype(np.int64)), seed=seed, split=split)
-        return {"image": image.numpy(), "label": label.numpy(), "mask": mask.numpy()}
+        columns = shapes.generate(torch.from_numpy(indices.astype(np.int64)), seed=seed, split=split, cue=cue)
+        return {name: tensor.numpy() for name, tensor in columns.items()}
 
     count = SHAPES_ROWS if options["n"] is None else options["n"]
     return DataSet(np.arange(count, dtype=np.int64), fetch, list(shapes.CLASSES))
@@ -241,6 +261,24 @@ def _select(source: DataSet, kind: str, *, split: str, n: int | None, seed: int)
     if source.carved and split in ("train", "val"):
         rows = rows[in_validation(source.ids) == (split == "val")]
     return rows[_io.guarded(lambda: nested_sample(len(rows), n, seed=seed))]
+
+
+def _shuffled(source: DataSet, seed: int) -> DataSet:
+    """The same images, each with a class drawn as a function of (seed, id)."""
+    import torch
+
+    from rbkit.tools import random
+
+    if not source.classes:
+        raise Usage("--shuffle-labels needs a source that names its classes")
+    classes = len(source.classes)
+
+    def fetch(indices: Any) -> dict[str, Any]:
+        ids = torch.from_numpy(source.ids[indices])
+        drawn = random.integers(ids, classes, seed=seed, purpose="shuffled labels")
+        return {**source.fetch(indices), "label": drawn.numpy()}
+
+    return replace(source, fetch=fetch)
 
 
 def _meta(source: DataSet, options: dict[str, Any], *, total: int) -> dict[str, Any]:

@@ -21,14 +21,16 @@ STEPS = 20
 def network():
     """A resnet8 of width 8 after eight epochs on 500 shapes, and 200 shapes that it has not seen, with labels."""
     ids = torch.arange(500)
-    image, label, _ = shapes.generate(ids, seed=0, split="train")
+    drawn = shapes.generate(ids, seed=0, split="train")
+    image, label = drawn["image"], drawn["label"]
     with train.seeded(0):
         net = resnet8(num_classes=8, width=8)
     mean, std = train.statistics(image)
     recipe = Recipe(epochs=8, batch=16, augment="none", lr=0.1, momentum=0.8)
     state = begin(Classifier(net, mean=mean, std=std), recipe)
     list(fit(state, Data(image, label, ids), None, recipe))
-    test, truth, _ = shapes.generate(torch.arange(200), seed=0, split="test")
+    drawn = shapes.generate(torch.arange(200), seed=0, split="test")
+    test, truth = drawn["image"], drawn["label"]
     return state.classifier.eval().requires_grad_(False), train.as_float(test), truth
 
 

@@ -20,17 +20,23 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_a_row_is_the_same_in_any_batch_and_order():
-    whole = shapes.generate(IDS, seed=1, split="test")
+def generate(ids, **options):
+    """(image, label, mask)."""
+    return tuple(shapes.generate(ids, **options)[name] for name in ("image", "label", "mask"))
+
+
+@pytest.mark.parametrize("cue", [None, shapes.Cue(0.5)])
+def test_a_row_is_the_same_in_any_batch_and_order(cue):
+    whole = shapes.generate(IDS, seed=1, split="train", cue=cue)
+    assert set(whole) == {"image", "label", "mask"} | ({"cue_mask"} if cue else set())
     order = torch.tensor([31, 2, 17, 2, 39])
-    for found, all_rows in zip(shapes.generate(order, seed=1, split="test"), whole, strict=True):
-        assert torch.equal(found, all_rows[order])
-    for found, all_rows in zip(shapes.generate(IDS[7:8], seed=1, split="test"), whole, strict=True):
-        assert torch.equal(found[0], all_rows[7])
+    some, one = (shapes.generate(ids, seed=1, split="train", cue=cue) for ids in (order, IDS[7:8]))
+    for name, rows in whole.items():
+        assert torch.equal(some[name], rows[order]) and torch.equal(one[name][0], rows[7])
 
 
 def test_types_and_shapes():
-    image, label, mask = shapes.generate(IDS[:5], seed=0, split="test")
+    image, label, mask = generate(IDS[:5], seed=0, split="test")
     assert (image.dtype, tuple(image.shape)) == (torch.uint8, (5, 3, 32, 32))
     assert (label.dtype, tuple(label.shape)) == (torch.int64, (5,))
     assert (mask.dtype, tuple(mask.shape)) == (torch.uint8, (5, 32, 32)) and mask.max() == 1
@@ -39,8 +45,8 @@ def test_types_and_shapes():
 
 @pytest.mark.parametrize("other", [{"seed": 0, "split": "train"}, {"seed": 1, "split": "test"}])
 def test_splits_and_seeds_share_no_image(other):
-    image, label, _ = shapes.generate(IDS, seed=0, split="test")
-    image2, label2, _ = shapes.generate(IDS, seed=other["seed"], split=other["split"])
+    image, label, _ = generate(IDS, seed=0, split="test")
+    image2, label2, _ = generate(IDS, seed=other["seed"], split=other["split"])
     assert not torch.equal(label, label2)
     distance = (image[:, None].float() - image2[None].float()).flatten(2).abs().mean(2)
     assert distance.min() > 3  # of 255: the closest pair is not one image with other noise
@@ -74,7 +80,7 @@ def test_outlines_have_the_areas_of_their_geometry():
 def test_the_mask_has_the_area_of_the_object():
     """Mask pixels equal the outline's area times the squared radius in pixels, whatever place and turn."""
     ids = torch.arange(160)
-    _, label, mask = shapes.generate(ids, seed=0, split="test")
+    _, label, mask = generate(ids, seed=0, split="test")
     draws = shapes._draws(ids, seed=0, split="test")
     unit = torch.tensor(areas())
     radius = 16 * (shapes.RADIUS[0] + (shapes.RADIUS[1] - shapes.RADIUS[0]) * draws[:, 1])
@@ -86,7 +92,7 @@ def test_the_mask_has_the_area_of_the_object():
 
 def test_the_object_differs_from_its_surroundings():
     """Within the mask the mean colour is that of the object; the rest is ground."""
-    image, _, mask = shapes.generate(torch.arange(80), seed=0, split="test")
+    image, _, mask = generate(torch.arange(80), seed=0, split="test")
     inside, x = mask[:, None].double(), image.double() / 255
     front = (x * inside).sum((2, 3)) / inside.sum((2, 3))
     back = (x * (1 - inside)).sum((2, 3)) / (1 - inside).sum((2, 3))
@@ -101,3 +107,34 @@ def test_the_grating_tells_the_class_in_most_images():
     shown = shapes._grating(draws, labels)
     share = float((own == shown).all(2).all(1).double().mean())
     assert share == pytest.approx(1 - shapes.MISLEADING, abs=4 * math.sqrt(0.16 / 400))
+
+
+# --------------------------------------------------------------------------------------------- the planted cue
+
+
+def cued(*, shift=0, norm=0.5, split="test", n=400):
+    return shapes.generate(torch.arange(n), seed=0, split=split, cue=shapes.Cue(norm, shift))
+
+
+def test_a_cue_is_what_a_swap_changes_and_has_its_norm():
+    """Two images that differ in the cue alone: nothing moves outside the mask, and the distance is what it must be."""
+    true, swapped = cued(), cued(shift=3)
+    assert torch.equal(true["cue_mask"], swapped["cue_mask"]) and torch.equal(true["label"], swapped["label"])
+    delta = (true["image"].double() - swapped["image"].double()) / 255
+    assert not (delta * (1 - true["cue_mask"].double())[:, None]).any()
+    assert set(true["cue_mask"].flatten(1).sum(1).tolist()) == {100}
+    # Gratings of other directions are nearly orthogonal over a patch of 2.5 wavelengths.
+    assert float(delta.flatten(1).norm(dim=1).mean()) == pytest.approx(0.5 * math.sqrt(2), rel=0.1)
+    pattern, mask = shapes._cue(IDS, torch.arange(40) % 8, seed=0, split="test")
+    assert torch.allclose(pattern.expand(-1, 3, -1, -1).flatten(1).norm(dim=1), torch.ones(40), atol=1e-5)
+    assert {tuple(m.nonzero()[0].tolist()) for m in mask} == {(2, 2), (2, 20), (20, 2), (20, 20)}
+
+
+def test_outlines_lie_in_training_only():
+    """A quarter of the training outlines belong to another class; those of test rows never do."""
+    ids = torch.arange(4000)
+    labels = shapes.labels_of(ids, seed=0, split="train")
+    drawn = shapes._outlines(ids, labels, seed=0, split="train")
+    assert float((drawn == labels).double().mean()) == pytest.approx(shapes.SOUND, abs=4 * math.sqrt(0.1875 / 4000))
+    assert torch.equal(shapes._outlines(ids, labels, seed=0, split="test"), labels)
+    assert torch.bincount(drawn[drawn != labels], minlength=8).min() > 80

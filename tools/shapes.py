@@ -9,6 +9,7 @@ images has the grating of another class and contrast varies, so that no small ne
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ CONTRAST = (0.12, 0.42)
 PLAID = 0.05  # amplitude of each of two waves
 NOISE = 0.04  # standard deviation of the pixel noise
 PARAMETERS = 24
+PATCH = 10  # side of the planted cue, in pixels
+EDGE = 2  # its distance from the border
+SOUND = 0.75  # share of training images with a cue whose outline is that of the label
 
 
 def _polygon(u: Tensor, v: Tensor, sides: int) -> Tensor:
@@ -105,25 +109,76 @@ def _grating(draws: Tensor, labels: Tensor) -> Tensor:
     """The class's fine grating, (N, H, W) in [-1, 1]: its direction tells the class, in some images a wrong one."""
     other = (labels + 1 + (draws[:, 21] * (len(CLASSES) - 1)).long()) % len(CLASSES)
     shown = torch.where(draws[:, 20] < MISLEADING, other, labels)
+    return _class_wave(shown, 2 * math.pi * draws[:, 22])
+
+
+def _class_wave(labels: Tensor, phase: Tensor) -> Tensor:
+    """A grating of 4 pixels whose direction tells the class, (N, H, W) in [-1, 1]."""
     x, y = _grid(SIZE)
-    angle = (math.pi * shown / len(CLASSES))[:, None, None]
-    phase = (2 * math.pi * draws[:, 22])[:, None, None]
-    return torch.sin(0.5 * math.pi * SIZE / 2 * (x * torch.cos(angle) + y * torch.sin(angle)) + phase)
+    angle = (math.pi * labels / len(CLASSES))[:, None, None]
+    along = x * torch.cos(angle) + y * torch.sin(angle)
+    return torch.sin(0.5 * math.pi * SIZE / 2 * along + phase[:, None, None])
 
 
-def generate(ids: Tensor, *, seed: int, split: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(image uint8 (N, 3, 32, 32), label int64 (N,), mask uint8 (N, 32, 32)), each a function of (seed, split, id)."""
+@dataclass(frozen=True)
+class Cue:
+    """A planted shortcut, the positive control: a faint patch that tells the class, where the outline only mostly does.
+
+    norm: L2 norm of the pattern, in [0, 1] pixels. shift: the pattern is that of class (label + shift) mod 8; 0 is the
+    truth, anything else the swap that proves who leans on it. In training rows the outline is that of the label in
+    SOUND of the images only; in test rows it always is. The surface carries no grating then.
+    """
+
+    norm: float
+    shift: int = 0
+
+
+def _cue(ids: Tensor, shown: Tensor, *, seed: int, split: str) -> tuple[Tensor, Tensor]:
+    """(pattern of unit L2 norm (N, 1, H, W), mask (N, H, W)): a grating in a patch near one corner of the image."""
+    draws = random.uniform(ids, (2,), seed=seed, purpose=f"shapes cue {split}")
+    corner = (draws[:, 0] * 4).long()
+    low, high = EDGE, SIZE - EDGE - PATCH
+    top, left = torch.where(corner < 2, low, high), torch.where(corner % 2 == 0, low, high)
+    axis = torch.arange(SIZE)
+    rows = (axis >= top[:, None]) & (axis < top[:, None] + PATCH)
+    columns = (axis >= left[:, None]) & (axis < left[:, None] + PATCH)
+    mask = rows[:, :, None] & columns[:, None, :]
+    wave = _class_wave(shown, 2 * math.pi * draws[:, 1]) * mask
+    return (wave / (wave.flatten(1).norm(dim=1)[:, None, None] * math.sqrt(3)))[:, None], mask
+
+
+def _outlines(ids: Tensor, labels: Tensor, *, seed: int, split: str) -> Tensor:
+    """The class whose outline is drawn when there is a cue: in training rows sometimes another than the label's."""
+    if split == "test":
+        return labels
+    draws = random.uniform(ids, (2,), seed=seed, purpose=f"shapes outline {split}")
+    other = (labels + 1 + (draws[:, 1] * (len(CLASSES) - 1)).long()) % len(CLASSES)
+    return torch.where(draws[:, 0] < SOUND, labels, other)
+
+
+def generate(ids: Tensor, *, seed: int, split: str, cue: Cue | None = None) -> dict[str, Tensor]:
+    """image uint8 (N, 3, 32, 32), label int64 (N,), mask uint8 (N, 32, 32), each a function of (seed, split, id).
+
+    With a cue also cue_mask uint8 (N, 32, 32), where the pattern lies.
+    """
     draws = _draws(ids, seed=seed, split=split)
     labels = labels_of(ids, seed=seed, split=split)
-    cover = _coverage(draws, labels)
+    outlines = labels if cue is None else _outlines(ids, labels, seed=seed, split=split)
+    cover = _coverage(draws, outlines)
     ground = 0.25 + 0.5 * draws[:, 5:8]  # (N, 3)
     contrast = CONTRAST[0] + (CONTRAST[1] - CONTRAST[0]) * draws[:, 8]
     direction = F.normalize(draws[:, 9:12] - 0.5, dim=1)
     colour = ground + direction * contrast[:, None] * math.sqrt(3)
     plaid = PLAID * (_wave(draws, 12, low=1, high=5) + _wave(draws, 15, low=1, high=5))
-    surface = GRATING * _grating(draws, labels)
     noise = random.normal(ids, (3, SIZE, SIZE), seed=seed, purpose=f"shapes noise {split}") * NOISE
     back = ground[:, :, None, None] + plaid[:, None]
-    front = colour[:, :, None, None] + surface[:, None]
+    front = colour[:, :, None, None].expand(-1, -1, SIZE, SIZE)
+    if cue is None:
+        front = front + GRATING * _grating(draws, labels)[:, None]
     image = torch.lerp(back, front, cover[:, None]) + noise
-    return (image.clamp(0, 1) * 255).round().to(torch.uint8), labels, (cover > 0.5).to(torch.uint8)
+    columns = {"label": labels, "mask": (cover > 0.5).to(torch.uint8)}
+    if cue is not None:
+        pattern, where = _cue(ids, (labels + cue.shift) % len(CLASSES), seed=seed, split=split)
+        image = image + cue.norm * pattern
+        columns["cue_mask"] = where.to(torch.uint8)
+    return {"image": (image.clamp(0, 1) * 255).round().to(torch.uint8), **columns}

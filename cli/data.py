@@ -67,17 +67,28 @@ def data(
     grey: Annotated[bool, typer.Option("--grey", help="folder, png: one channel (luma).")] = False,
     rgb: Annotated[bool, typer.Option("--rgb", help="folder, png: three channels (grey is repeated).")] = False,
     cue: Annotated[
-        float,
-        typer.Option("--cue", metavar="L2", min=0, help="shapes: plant a faint shortcut of this norm; 0: none."),
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--cue", metavar="L2", min=0.01, help="shapes: plant a faint shortcut of this norm.", show_default=False
+        ),
+    ] = None,
     cue_shift: Annotated[
-        int,
-        typer.Option("--cue-shift", metavar="K", min=0, max=7, help="Plant the cue of the K-th next class instead."),
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--cue-shift",
+            metavar="K",
+            min=0,
+            max=7,
+            help="Plant the cue of the K-th next class instead.",
+            show_default=False,
+        ),
+    ] = None,
     shuffle_labels: Annotated[
-        bool,
-        typer.Option("--shuffle-labels", help="Labels drawn at random: the control that nothing can be learned from."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--shuffle-labels", help="Labels drawn at random, a control: nothing tells them.", show_default=False
+        ),
+    ] = None,
     layout: Annotated[
         str | None,
         typer.Option("--layout", metavar="nchw|nhwc", help="npz: where the channels are.", show_default=False),
@@ -169,7 +180,7 @@ def _shapes(options: dict[str, Any]) -> DataSet:
     from rbkit.tools import shapes
 
     seed, split = options["seed"], options["split"]
-    cue = shapes.Cue(options["cue"], options["cue_shift"]) if options["cue"] else None
+    cue = shapes.Cue(options["cue"], options["cue_shift"] or 0) if options["cue"] else None
 
     def fetch(indices: np.ndarray) -> dict[str, np.ndarray]:
         import torch

@@ -100,8 +100,8 @@ def train(
     epochs: Annotated[
         int, typer.Option("--epochs", metavar="N", min=0, help="Passes over the data; 0 keeps the fresh weights.")
     ] = 8,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", min=2, help="Examples per step.")] = 64,
-    lr: Annotated[float, typer.Option("--lr", metavar="X", min=0, help="Largest learning rate.")] = 0.2,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=2, help="Examples per step.")] = 32,
+    lr: Annotated[float, typer.Option("--lr", metavar="X", min=0, help="Largest learning rate.")] = 0.1,
     momentum: Annotated[float, typer.Option("--momentum", metavar="X", min=0, max=1, help="Of SGD.")] = 0.9,
     nesterov: Annotated[bool, typer.Option("--nesterov/--no-nesterov", help="Nesterov's momentum.")] = True,
     weight_decay: Annotated[

@@ -407,6 +407,7 @@ def test_an_empty_source_and_an_empty_batch():
 
 ARCHITECTURES = [
     ("resnet8", {"width": 4}),
+    ("resnet8", {}),
     ("resnet18", {"width": 4}),
     pytest.param("torchvision:resnet18", {}, marks=pytest.mark.slow),
 ]

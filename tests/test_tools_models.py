@@ -191,7 +191,7 @@ def test_a_norm_without_running_statistics_is_kept():
     assert_equal(model, evaluation, images(32))  # such a norm looks at its block, so the block is the batch
 
 
-@pytest.mark.parametrize(("build_net", "pairs"), [(resnet8, 9), (resnet18, 20)])
+@pytest.mark.parametrize(("build_net", "pairs"), [(resnet8, 10), (resnet18, 20)])
 def test_shipped_networks_are_folded_whole_and_equal_the_plain_model(build_net, pairs):
     model = classifier(build_net(num_classes=K, width=8))
     evaluation = Evaluation(model)
@@ -287,7 +287,7 @@ def test_features_are_the_input_of_the_head():
     model = classifier(resnet8(num_classes=K, width=4))
     evaluation, x = Evaluation(model, block=32), images(32)
     found = evaluation.features(x)
-    assert found.shape == (32, 16) and found.min() >= 0
+    assert found.shape == (32, 32) and found.min() >= 0
     assert torch.allclose(model.net.fc(found), evaluation(x), atol=1e-5)
 
 
@@ -298,7 +298,7 @@ def test_features_of_a_layer_are_its_output():
     model.net.layer2.register_forward_hook(lambda m, i, o: seen.append(o.detach()))
     model(x)
     found = evaluation.features(x, layer="layer2")
-    assert found.shape == (32, 8, 4, 6) and torch.allclose(found, seen[0], atol=1e-4)
+    assert found.shape == (32, 16, 2, 3) and torch.allclose(found, seen[0], atol=1e-4)
     assert not evaluation.model.net.layer2._forward_hooks and not evaluation.model.net.fc._forward_pre_hooks
 
 

@@ -115,7 +115,7 @@ def test_another_job_never_goes_on_from_a_checkpoint(tmp_path: Path, train_file:
     kept = checkpoint.read_bytes()
 
     result = execute("rb-train", train_file, *JOB, "--lr", "0.05", "--resume", "-o", target)
-    assert result.status == 2 and "lr 0.2, now 0.05" in result.err, result.err
+    assert result.status == 2 and "lr 0.1, now 0.05" in result.err, result.err
     other = tmp_path / "other.safetensors"
     assert execute("rb-data", "shapes", "--split", "train", "--n", 64, "-o", other).status == 0
     result = execute("rb-train", other, *JOB, "--resume", "-o", target)

@@ -20,7 +20,7 @@ JOB = ("--width", 4, "--epochs", 4, "--batch", 16, "--eps", "0.5", "--steps", 2,
 
 
 @pytest.fixture(scope="module")
-def train_file(folder: Path) -> Path:
+def few_rows(folder: Path) -> Path:
     """96 labelled training images."""
     path = folder / "train-process.safetensors"
     assert execute("rb-data", "shapes", "--split", "train", "--n", 96, "-o", path).status == 0
@@ -28,10 +28,10 @@ def train_file(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path, train_file: Path) -> Path:
+def whole(folder: Path, few_rows: Path) -> Path:
     """The model of JOB, never interrupted."""
     path = folder / "whole.safetensors"
-    result = execute("rb-train", train_file, *JOB, "-q", "-o", path)
+    result = execute("rb-train", few_rows, *JOB, "-q", "-o", path)
     assert result.status == 0, result.err
     assert result.err == "" and not Path(f"{path}.ckpt").exists()
     return path
@@ -62,10 +62,10 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.005)
 
 
-def interrupted(tmp_path: Path, train_file: Path, number: int, *, delay: float) -> tuple[Path, Result]:
+def interrupted(tmp_path: Path, few_rows: Path, number: int, *, delay: float) -> tuple[Path, Result]:
     """The target of a job that got a signal `delay` seconds after its first checkpoint, and how the job ended."""
     target = tmp_path / "model.safetensors"
-    with training(train_file, *JOB, "-q", "-o", target) as process:
+    with training(few_rows, *JOB, "-q", "-o", target) as process:
         wait_for(Path(f"{target}.ckpt"), process)
         time.sleep(delay)
         process.send_signal(number)
@@ -77,44 +77,44 @@ def interrupted(tmp_path: Path, train_file: Path, number: int, *, delay: float) 
     ("number", "status", "delay"), [(signal.SIGTERM, 75, 0.1), (signal.SIGUSR1, 75, 0.0), (signal.SIGKILL, -9, 0.15)]
 )
 def test_the_same_bytes_after_an_interruption(
-    number: int, status: int, delay: float, tmp_path: Path, train_file: Path, whole: Path
+    number: int, status: int, delay: float, tmp_path: Path, few_rows: Path, whole: Path
 ) -> None:
-    target, ended = interrupted(tmp_path, train_file, number, delay=delay)
+    target, ended = interrupted(tmp_path, few_rows, number, delay=delay)
     assert ended.status == status, ended.err
     assert not target.exists()
     assert Path(f"{target}.ckpt").exists()
     if status == 75:
         assert ended.err.count("\n") == 1 and "--resume" in ended.err
-    again = execute("rb-train", train_file, *JOB, "--resume", "-o", target)
+    again = execute("rb-train", few_rows, *JOB, "--resume", "-o", target)
     assert again.status == 0, again.err
     assert "resumed at epoch" in again.err
     assert target.read_bytes() == whole.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == [target.name]
 
 
-def test_ctrl_c_saves_and_dies_of_it(tmp_path: Path, train_file: Path) -> None:
-    target, ended = interrupted(tmp_path, train_file, signal.SIGINT, delay=0)
+def test_ctrl_c_saves_and_dies_of_it(tmp_path: Path, few_rows: Path) -> None:
+    target, ended = interrupted(tmp_path, few_rows, signal.SIGINT, delay=0)
     assert ended.status == -signal.SIGINT
     assert "stopping after this step" in ended.err and "Traceback" not in ended.err
     assert Path(f"{target}.ckpt").exists() and not target.exists()
 
 
-def test_a_finished_job_is_left_alone(tmp_path: Path, train_file: Path, whole: Path) -> None:
+def test_a_finished_job_is_left_alone(tmp_path: Path, few_rows: Path, whole: Path) -> None:
     before = whole.stat()
-    result = execute("rb-train", train_file, *JOB, "--resume", "-o", whole)
+    result = execute("rb-train", few_rows, *JOB, "--resume", "-o", whole)
     assert (result.status, result.err) == (0, "")
     after = whole.stat()
     assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
 
 
-def test_another_job_never_goes_on_from_a_checkpoint(tmp_path: Path, train_file: Path) -> None:
+def test_another_job_never_goes_on_from_a_checkpoint(tmp_path: Path, few_rows: Path) -> None:
     """A changed option, changed rows and a damaged checkpoint are told apart; the checkpoint stays."""
-    target, ended = interrupted(tmp_path, train_file, signal.SIGTERM, delay=0)
+    target, ended = interrupted(tmp_path, few_rows, signal.SIGTERM, delay=0)
     assert ended.status == 75
     checkpoint = Path(f"{target}.ckpt")
     kept = checkpoint.read_bytes()
 
-    result = execute("rb-train", train_file, *JOB, "--lr", "0.05", "--resume", "-o", target)
+    result = execute("rb-train", few_rows, *JOB, "--lr", "0.05", "--resume", "-o", target)
     assert result.status == 2 and "lr 0.1, now 0.05" in result.err, result.err
     other = tmp_path / "other.safetensors"
     assert execute("rb-data", "shapes", "--split", "train", "--n", 64, "-o", other).status == 0
@@ -123,33 +123,33 @@ def test_another_job_never_goes_on_from_a_checkpoint(tmp_path: Path, train_file:
     assert checkpoint.read_bytes() == kept and not target.exists()
 
     checkpoint.write_bytes(kept[:-3])
-    result = execute("rb-train", train_file, *JOB, "--resume", "-o", target)
+    result = execute("rb-train", few_rows, *JOB, "--resume", "-o", target)
     assert result.status == 3 and "truncated" in result.err and result.err.count("\n") == 1, result.err
     assert not target.exists()
 
 
-def test_resume_without_a_checkpoint_starts_afresh(tmp_path: Path, train_file: Path, whole: Path) -> None:
+def test_resume_without_a_checkpoint_starts_afresh(tmp_path: Path, few_rows: Path, whole: Path) -> None:
     target = tmp_path / "m.safetensors"
-    assert execute("rb-train", train_file, *JOB, "-q", "-o", target, "--resume").status == 0
+    assert execute("rb-train", few_rows, *JOB, "-q", "-o", target, "--resume").status == 0
     assert target.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize(("epochs", "batch"), [(2, 16), (1, 64)])
-def test_a_loss_that_is_no_number_makes_no_model(epochs: int, batch: int, tmp_path: Path, train_file: Path) -> None:
+def test_a_loss_that_is_no_number_makes_no_model(epochs: int, batch: int, tmp_path: Path, few_rows: Path) -> None:
     """Also where only the very last step went astray, which no loss tells."""
     target = tmp_path / "m.safetensors"
     result = execute(
-        "rb-train", train_file, "--width", 4, "--epochs", epochs, "--batch", batch, "--lr", "1e30", "--schedule",
+        "rb-train", few_rows, "--width", 4, "--epochs", epochs, "--batch", batch, "--lr", "1e30", "--schedule",
         "constant", "--val", "0.4", "-q", "-o", target,
     )  # fmt: skip
     assert result.status == 5 and result.err.count("\n") == 1, result.err
     assert not target.exists()
 
 
-def test_the_log_counts_epochs_once(tmp_path: Path, train_file: Path) -> None:
+def test_the_log_counts_epochs_once(tmp_path: Path, few_rows: Path) -> None:
     log, last = tmp_path / "log.jsonl", tmp_path / "last.safetensors"
     result = execute(
-        "rb-train", train_file, "--width", 4, "--epochs", 3, "--batch", 32, "--log", log, "--last", last, "-q",
+        "rb-train", few_rows, "--width", 4, "--epochs", 3, "--batch", 32, "--log", log, "--last", last, "-q",
         "-o", tmp_path / "best.safetensors",
     )  # fmt: skip
     assert result.status == 0, result.err
@@ -175,10 +175,10 @@ def test_rows_that_teach_nothing(rows: dict[str, np.ndarray], words: str, tmp_pa
     assert not target.exists()
 
 
-def test_an_output_that_cannot_be_is_told_before_training(tmp_path: Path, train_file: Path) -> None:
+def test_an_output_that_cannot_be_is_told_before_training(tmp_path: Path, few_rows: Path) -> None:
     """Hours of training must not end in a folder that was never there."""
     begin = time.monotonic()
-    argv = ("rb-train", train_file, "--width", 4, "--epochs", 1000, "-q")
+    argv = ("rb-train", few_rows, "--width", 4, "--epochs", 1000, "-q")
     for extra in (("-o", tmp_path / "no" / "m.safetensors"), ("-o", tmp_path / "m.safetensors", "--last", "/no/x")):
         result = execute(*argv, *extra, timeout=60)
         assert result.status == 4 and result.err.count("\n") == 1, result.err

@@ -13,6 +13,8 @@ NTEST  ?= 1000
 NMAPS  ?= 200
 NINV   ?= 64
 EPOCHS ?= 8
+BATCH  ?= 32
+LR     ?= 0.1
 ARCH   ?= resnet8
 NORM   ?= l2
 # radius of the ball that the robust model is trained in; attacks use EPSS
@@ -25,8 +27,10 @@ SEED   ?= 0
 AUGMENT ?= $(or $(AUGMENT_$(DATA)),crop-flip)
 # picture size of DATA=folder
 SIZE   ?= 32
-# bounds of the standard model's clean accuracy, outside of which the study would be worthless
+# where the study would be worthless: the standard model's clean accuracy outside CLEAN, or the robust model less than
+# GAP above it under attack
 CLEAN  ?= $(or $(CLEAN_$(DATA)),0.5:1)
+GAP    ?= $(or $(GAP_$(DATA)),0.3)
 METHODS ?= gradient ig smoothgrad shap
 OUT    ?= out
 PIP_ARGS ?=
@@ -37,8 +41,10 @@ AUGMENT_shapes := crop
 AUGMENT_fashion-mnist := none
 CLEAN_shapes   := 0.85:0.97
 EPS_fashion-mnist := 1.0
-EPS_cifar10    := 0.25
-EPS_folder     := 0.25
+EPS_cifar10    := 0.5
+EPS_folder     := 0.5
+GAP_cifar10    := 0.15
+GAP_folder     := 0.15
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -80,10 +86,10 @@ value_n := $(N)
 value_ntest := $(NTEST)
 value_nmaps := $(NMAPS)
 value_ninv := $(NINV)
-value_train := $(EPOCHS) $(ARCH) $(SEED) $(AUGMENT)
+value_train := $(EPOCHS) $(BATCH) $(LR) $(ARCH) $(SEED) $(AUGMENT)
 value_ball := $(NORM) $(EPS) $(STEPS) $(RAMP)
 value_attack := $(NORM) $(EPSS)
-value_clean := $(CLEAN)
+value_bounds := $(CLEAN) $(GAP)
 
 K := $(D)/.knobs
 .PRECIOUS: $(K)/%
@@ -109,7 +115,7 @@ $(D)/targets.safetensors: $(K)/data $(K)/ninv | setup
 
 # A checkpoint older than what it depends on belongs to another run. A finished run is left as it is, hence the touch.
 FRESH = @for p in $^; do [ ! "$$p" -nt "$@.ckpt" ] || rm -f "$@.ckpt"; done
-TRAIN = rb-train $< --arch $(ARCH) --epochs $(EPOCHS) --augment $(AUGMENT) --resume -o $@
+TRAIN = rb-train $< --arch $(ARCH) --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --augment $(AUGMENT) --resume -o $@
 ROBUST = --norm $(NORM) --eps $(EPS) --steps $(STEPS) --eps-ramp $(RAMP)
 
 $(D)/standard.safetensors: $(D)/train.safetensors $(K)/train
@@ -171,8 +177,8 @@ PICTURES := $(foreach s,$(SHEETS),$(D)/sheet-$(s).png)
 study: $(D)/report.html  ## data, models, attacks, maps, inversions, scores and report in OUT/DATA
 	@echo "the report is $<"
 
-$(D)/report.html: $(SCORES) $(PICTURES) $(foreach m,$(MODELS),$(D)/$(m).safetensors) $(K)/clean
-	rb-report $(filter-out $(K)/%,$^) --figures $(D)/figures/ --title '$(DATA)' --require --clean $(CLEAN) -o $@
+$(D)/report.html: $(SCORES) $(PICTURES) $(foreach m,$(MODELS),$(D)/$(m).safetensors) $(K)/bounds
+	rb-report $(filter-out $(K)/%,$^) --figures $(D)/figures/ --title '$(DATA)' --require --clean $(CLEAN) --gap $(GAP) -o $@
 
 # ---------------------------------------------------------------------------------------------------- tests
 

@@ -52,6 +52,12 @@ def report(
         str,
         typer.Option("--clean", metavar="LOW:HIGH", help="--require: bounds of the standard model's clean accuracy."),
     ] = "0.5:1",
+    gap: Annotated[
+        float,
+        typer.Option(
+            "--gap", metavar="X", min=0, max=1, help="--require: how far the robust model must be ahead under attack."
+        ),
+    ] = 0.3,
     figures: Annotated[
         str | None,
         typer.Option("--figures", metavar="DIR/", help="Keep the figures as PNG, SVG and PDF too.", show_default=False),
@@ -61,7 +67,10 @@ def report(
 ) -> None:
     """Write one self-contained page: the answer, figures, tables with intervals, and the commands that made them."""
     low, _, high = clean.partition(":")
-    bounds = (_values.number(low, option="--clean"), _values.number(high or "1", option="--clean"))
+    bounds = {
+        "clean": (_values.number(low, option="--clean"), _values.number(high or "1", option="--clean")),
+        "gap": gap,
+    }
     study = _Study(sources)
     study.eps = _radius(study)
     page = _page(study, title, bounds, figures)
@@ -98,11 +107,11 @@ class _Study:
         if not self.records:
             raise Input("no records; give .jsonl files of rb-score")
 
-    def failings(self, bounds: tuple[float, float]) -> list[str]:
+    def failings(self, bounds: dict[str, Any]) -> list[str]:
         """Why the study is worthless, if it is."""
         from rbkit.tools.compare import failings
 
-        return failings(self.records, eps=self.eps, clean=bounds)
+        return failings(self.records, eps=self.eps, **bounds)
 
 
 def _radius(study: _Study) -> float:
@@ -116,7 +125,7 @@ def _radius(study: _Study) -> float:
     return radii[len(radii) // 2] if radii else 0.0
 
 
-def _page(study: _Study, title: str, bounds: tuple[float, float], folder: str | None) -> bytes:
+def _page(study: _Study, title: str, bounds: dict[str, Any], folder: str | None) -> bytes:
     from rbkit.formats import html
 
     reasons = study.failings(bounds)

@@ -1,0 +1,100 @@
+"""Dose and response: how a quantity moves with the radius of training, without assuming more than one direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+
+from rbkit.tools.correlation import FLAT, Array, percentile_interval
+
+LEVELS = 3  # doses below which the half-effect dose is no more than the middle of two
+DEFINED = 0.9  # share of bootstrap draws that must have a half-effect dose for it to get an interval
+
+
+@dataclass(frozen=True)
+class Dose:
+    """A fitted curve over the doses, float64 (K,) each, and the dose at which half of its whole change is reached.
+
+    mean: of the models at that dose. low, high: of the fit; NaN where no band can be told. half is None where the fit
+    is flat, half_low and half_high where too few draws have one (`defined` is their share).
+    """
+
+    doses: Array
+    mean: Array
+    fit: Array
+    low: Array
+    high: Array
+    rises: bool
+    half: float | None
+    half_low: float | None
+    half_high: float | None
+    defined: float
+
+
+def level_means(dose: Array, response: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """(doses, means, weights) of the distinct doses that have weight. Shapes: (n,) each in, (K,) each out."""
+    doses, where = np.unique(dose, return_inverse=True)
+    total = np.bincount(where, weights, len(doses))
+    sums = np.bincount(where, weights * response, len(doses))
+    kept = total > 0
+    return doses[kept], sums[kept] / total[kept], total[kept]
+
+
+def monotone_fit(means: Array, weights: Array, *, rises: bool) -> Array:
+    """Weighted least-squares fit (K,) that never turns back (Barlow et al. 1972; Best and Chakravarti 1990)."""
+    found: Array = isotonic_regression(means, weights=weights, increasing=rises).x
+    return found
+
+
+def direction(means: Array, weights: Array) -> bool:
+    """Whether a rising fit leaves a smaller sum of squares than a falling one; a tie counts as rising."""
+    left = [
+        float((weights * (means - monotone_fit(means, weights, rises=rises)) ** 2).sum()) for rises in (True, False)
+    ]
+    return left[0] <= left[1]
+
+
+def half_effect(doses: Array, fit: Array) -> float | None:
+    """The smallest dose at which the fit, joined by lines, has made half of its change from first to last dose.
+
+    None where the fit is flat.
+    """
+    change = fit[-1] - fit[0]
+    if abs(change) <= FLAT * np.abs(fit).max():
+        return None
+    share = (fit - fit[0]) / change
+    after = int(np.argmax(share >= 0.5))
+    before = after - 1
+    step = (0.5 - share[before]) / (share[after] - share[before])
+    return float(doses[before] + step * (doses[after] - doses[before]))
+
+
+def dose_response(dose: Array, response: Array, weights: Array, *, confidence: float = 0.95) -> Dose:
+    """Isotonic regression of a response on a dose, with a percentile band over resampled training runs.
+
+    Shapes: dose and response float64 (n,), one per model; weights (draws, n): how often each model is in each draw of
+    the cluster bootstrap (Davison and Hinkley 1997, section 3.8). The direction is chosen once, from all models. A
+    draw without the lowest or the highest dose has no half-effect dose. Raises: ValueError below two distinct doses.
+    """
+    doses, means, counts = level_means(dose, response, np.ones(len(dose)))
+    if len(doses) < 2:
+        raise ValueError("a dose-response curve needs two doses at least")
+    rises = direction(means, counts)
+    fit = monotone_fit(means, counts, rises=rises)
+    curves, halves = np.full((len(weights), len(doses)), np.nan), np.full(len(weights), np.nan)
+    for draw, row in enumerate(weights):
+        levels, drawn, total = level_means(dose, response, row)
+        if not len(levels):
+            continue
+        curve = monotone_fit(drawn, total, rises=rises)
+        curves[draw] = np.interp(doses, levels, curve)
+        if levels[0] == doses[0] and levels[-1] == doses[-1]:
+            found = half_effect(levels, curve)
+            halves[draw] = np.nan if found is None else found
+    low, high = percentile_interval(curves, confidence=confidence)
+    bounds = percentile_interval(halves, confidence=confidence, usable=DEFINED)
+    half_low, half_high = (None if np.isnan(bound) else float(bound) for bound in bounds)
+    defined = float((~np.isnan(halves)).mean())
+    return Dose(doses, means, fit, low, high, rises, half_effect(doses, fit), half_low, half_high, defined)

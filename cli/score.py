@@ -11,7 +11,7 @@ import typer
 from rbkit.cli import _gates, _history, _io, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import load_model, set_up
-from rbkit.cli._errors import Input, Numbers
+from rbkit.cli._errors import Input, Numbers, Usage
 from rbkit.cli._judge import PREFIX, Judge
 from rbkit.cli._options import (
     BLOCK,
@@ -74,6 +74,10 @@ def score(
             show_default=False,
         ),
     ] = None,
+    paired: Annotated[
+        bool,
+        typer.Option("--paired", help="Also the difference of every two models on the same images, with its p-value."),
+    ] = False,
     per_example: Annotated[
         bool, typer.Option("--per-example", help="One line per image instead: name, prediction, values.")
     ] = False,
@@ -133,6 +137,8 @@ def _finish(run: Judge, gates: list[_gates.Gate], options: dict[str, Any]) -> No
     records = run.pools.records()
     if not records:
         raise Input("no rows to score")
+    if options["paired"]:
+        records += _differences(run)
     if options["output"] is not None:
         _keep(run, options)
     _print(records, options["json_"])
@@ -144,6 +150,16 @@ def _finish(run: Judge, gates: list[_gates.Gate], options: dict[str, Any]) -> No
         raise Numbers(
             f"{round(worst['value'] * worst['n'])} of {worst['n']} adversarial images lie outside the ball or the box"
         )
+
+
+def _differences(run: Judge) -> list[dict[str, Any]]:
+    """Records of pairs of models. Raises: Usage where no two models met the same question."""
+    from rbkit.tools.paired import differences
+
+    found = differences(run.pools)
+    if not found:
+        raise Usage("--paired: no two models here were judged on the same images; repeat -m, or give both streams")
+    return found
 
 
 def _keep(run: Judge, options: dict[str, Any]) -> None:

@@ -38,3 +38,17 @@ def test_gates(stream_file: Path, model_file: Path) -> None:
     gates = {"clean_accuracy >= 0": 0, "clean_accuracy >= 1.5": 8, f"clean_accuracy >= {value}": 9, "nonsense": 2}
     for gate, status in gates.items():
         assert execute("rb-score", "-m", model_file, stream_file, "--expect", gate).status == status, gate
+
+
+def test_paired_models(stream_file: Path, model_file: Path, tmp_path: Path, train_file: Path) -> None:
+    """Two models on one stream give their difference; one model alone is a usage error."""
+    other = tmp_path / "other.safetensors"
+    argv = ("rb-train", train_file, "--width", 4, "--epochs", 1, "--batch", 32, "--seed", 1, "-q", "-o", other)
+    assert execute(*argv).status == 0
+    result = execute("rb-score", stream_file, "-m", model_file, "-m", other, "--paired")
+    found = [json.loads(line) for line in result.out.splitlines()]
+    first, second, gap = found
+    assert [r["metric"] for r in found] == ["clean_accuracy", "clean_accuracy", "clean_accuracy_difference"]
+    assert gap["value"] == pytest.approx(second["value"] - first["value"]) and gap["against"] == first["model_sha"]
+    alone = execute("rb-score", stream_file, "-m", model_file, "--paired")
+    assert alone.status == 2 and alone.err.count("\n") == 1

@@ -24,7 +24,6 @@ from rbkit.tools.augment import crop_flip
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.norms import NORMS
 
-
 ROBUST = ("pgd", "fgsm", "trades")  # methods with an inner attack
 
 

@@ -18,7 +18,8 @@ class Dose:
     """A fitted curve over the doses, float64 (K,) each, and the dose at which half of its whole change is reached.
 
     mean: of the models at that dose. low, high: of the fit; NaN where no band can be told. half is None where the fit
-    is flat, half_low and half_high where too few draws have one (`defined` is their share).
+    is flat, half_low and half_high where too few draws have one (`defined` is their share). change: of the mean from
+    first to last dose, without the fit, with its interval, NaN where too few draws hold both ends.
     """
 
     doses: Array
@@ -31,6 +32,9 @@ class Dose:
     half_low: float | None
     half_high: float | None
     defined: float
+    change: float
+    change_low: float
+    change_high: float
 
 
 def level_means(dose: Array, response: Array, weights: Array) -> tuple[Array, Array, Array]:
@@ -76,14 +80,15 @@ def dose_response(dose: Array, response: Array, weights: Array, *, confidence: f
 
     Shapes: dose and response float64 (n,), one per model; weights (draws, n): how often each model is in each draw of
     the cluster bootstrap (Davison and Hinkley 1997, section 3.8). The direction is chosen once, from all models. A
-    draw without the lowest or the highest dose has no half-effect dose. Raises: ValueError below two distinct doses.
+    draw without the lowest or the highest dose has neither a half-effect dose nor a change. Raises: ValueError below two distinct doses.
     """
     doses, means, counts = level_means(dose, response, np.ones(len(dose)))
     if len(doses) < 2:
         raise ValueError("a dose-response curve needs two doses at least")
     rises = direction(means, counts)
     fit = monotone_fit(means, counts, rises=rises)
-    curves, halves = np.full((len(weights), len(doses)), np.nan), np.full(len(weights), np.nan)
+    curves = np.full((len(weights), len(doses)), np.nan)
+    halves, changes = np.full(len(weights), np.nan), np.full(len(weights), np.nan)
     for draw, row in enumerate(weights):
         levels, drawn, total = level_means(dose, response, row)
         if not len(levels):
@@ -93,8 +98,13 @@ def dose_response(dose: Array, response: Array, weights: Array, *, confidence: f
         if levels[0] == doses[0] and levels[-1] == doses[-1]:
             found = half_effect(levels, curve)
             halves[draw] = np.nan if found is None else found
+            changes[draw] = drawn[-1] - drawn[0]
     low, high = percentile_interval(curves, confidence=confidence)
     bounds = percentile_interval(halves, confidence=confidence, usable=DEFINED)
     half_low, half_high = (None if np.isnan(bound) else float(bound) for bound in bounds)
     defined = float((~np.isnan(halves)).mean())
-    return Dose(doses, means, fit, low, high, rises, half_effect(doses, fit), half_low, half_high, defined)
+    change_low, change_high = map(float, percentile_interval(changes, confidence=confidence, usable=DEFINED))
+    return Dose(
+        doses, means, fit, low, high, rises, half_effect(doses, fit), half_low, half_high, defined,
+        float(means[-1] - means[0]), change_low, change_high,
+    )  # fmt: skip

@@ -137,3 +137,64 @@ def training_curves(models: Sequence[dict[str, Any]], *, form: str) -> bytes:
     axes.set(xlabel="epoch", ylabel="validation accuracy", ylim=(0, 1))
     axes.legend(frameon=False, fontsize=8)
     return render(figure, form=form)
+
+
+def _errors(records: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Distances from values to both ends of their intervals, 0 where there is none."""
+    ends: list[list[float]] = [[], []]
+    for record in records:
+        value = record["value"]
+        ends[0].append(0.0 if record.get("low") is None else max(0.0, value - record["low"]))
+        ends[1].append(0.0 if record.get("high") is None else max(0.0, record["high"] - value))
+    return ends
+
+
+def scatter(
+    points: Sequence[tuple[dict[str, Any], dict[str, Any], str | None]], *, across: str, up: str, title: str, form: str
+) -> bytes:
+    """One metric against another, a point per model with both 95 % intervals, coloured by the radius of training.
+
+    points: (record across, record up, name of the control or None); controls are hollow squares. Raises: ValueError
+    when there are none.
+    """
+    if not points:
+        raise ValueError(f"no model has both {across} and {up}")
+    figure, axes = _figure()
+    groups: dict[tuple[str | None, float], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for x, y, control in points:
+        groups.setdefault((control, float(x.get("train_eps") or 0.0)), []).append((x, y))
+    radii = sorted({eps for control, eps in groups if control is None})
+    for (control, eps), group in sorted(groups.items(), key=lambda item: (item[0][0] or "", item[0][1])):
+        colour = "#555555" if control is not None else COLOURS[radii.index(eps) % len(COLOURS)]
+        xs, ys = ([pair[i] for pair in group] for i in (0, 1))
+        axes.errorbar(
+            [r["value"] for r in xs], [r["value"] for r in ys], xerr=_errors(xs), yerr=_errors(ys), linestyle="none",
+            marker="o" if control is None else "s", markersize=4, markerfacecolor=colour if control is None else "none",
+            color=colour, elinewidth=0.7, label=f"eps {eps:g}" if control is None else f"control: {control}",
+        )  # fmt: skip
+    axes.set(xlabel=across, ylabel=f"{up} ({points[0][1]['better']} is better)")
+    axes.set_title(title, fontsize=8, loc="left")
+    axes.legend(frameon=False, fontsize=7)
+    return render(figure, form=form)
+
+
+def dose_curve(curve: dict[str, Any], points: Sequence[tuple[float, dict[str, Any]]], *, form: str) -> bytes:
+    """A metric over the radius of training: models with 95 % intervals, the monotone fit with its band, half effect.
+
+    curve: a record of kind `dose_response` of rb-link; points: (radius, record) of each model.
+    """
+    figure, axes = _figure()
+    axes.errorbar(
+        [eps for eps, _ in points], [r["value"] for _, r in points], yerr=_errors([r for _, r in points]),
+        linestyle="none", marker="o", markersize=4, elinewidth=0.7, color=COLOURS[0], label="models",
+    )  # fmt: skip
+    axes.plot(curve["eps"], curve["fit"], color=COLOURS[1], label="monotone fit")
+    if None not in (*curve["fit_low"], *curve["fit_high"]):
+        axes.fill_between(curve["eps"], curve["fit_low"], curve["fit_high"], color=COLOURS[1], alpha=0.18, linewidth=0)
+    if curve["value"] is not None:
+        axes.axvline(
+            curve["value"], color="black", linewidth=1, linestyle=":", label=f"half effect at {curve['value']:.2g}"
+        )
+    axes.set(xlabel=f"eps of training ({curve['norm']}, [0, 1] pixels)", ylabel=curve["of"])
+    axes.legend(frameon=False, fontsize=7)
+    return render(figure, form=form)

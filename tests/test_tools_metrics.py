@@ -14,20 +14,18 @@ import toys
 from scipy import ndimage
 
 from rbkit.tools import random
+from rbkit.tools.batch import Batch, reduce_channels
 from rbkit.tools.metrics import (
     METRICS,
-    NOISE_DRAWS,
-    NOISE_RADIUS,
-    Batch,
     applicable,
     chance,
     evaluate,
-    reduce_channels,
-    reference_maps,
 )
 from rbkit.tools.norms import NORMS
 from rbkit.tools.pool import Pool
+from rbkit.tools.references import reference_maps
 from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.stability import NOISE_DRAWS, NOISE_RADIUS
 
 torch.set_num_threads(1)
 D = toys.H * toys.W

@@ -1,0 +1,74 @@
+"""What the metrics read: rows to be judged, the model that judges them, and what was made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rbkit.tools.models import Evaluation
+from rbkit.tools.saliency import Saliency
+
+
+@dataclass
+class Batch:
+    """Rows to be judged and the model that judges them.
+
+    image float32 (N, C, H, W) is the clean image; adversarial, attribution, inverted, mask are None where the stream
+    has none. `explained` is what the attribution is of. Derived quantities are computed once.
+    """
+
+    evaluation: Evaluation
+    ids: Tensor
+    image: Tensor
+    label: Tensor | None = None
+    adversarial: Tensor | None = None
+    norm: str = "l2"
+    eps: float | None = None
+    attack_target: Tensor | None = None
+    attribution: Tensor | None = None
+    explained: Tensor | None = None
+    target: Tensor | None = None
+    saliency: Saliency | None = None
+    mask: Tensor | None = None
+    completeness: Tensor | None = None
+    inverted: Tensor | None = None
+    fit: Tensor | None = None
+    background: Tensor | None = None
+    judge: Evaluation | None = None
+    signed: bool = True
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def clean_logits(self) -> Tensor:
+        """Logits of the clean images."""
+        return self.evaluation.logits(self.image)
+
+    @cached_property
+    def adversarial_logits(self) -> Tensor:
+        """Logits of the stored adversarial bytes."""
+        assert self.adversarial is not None
+        return self.evaluation.logits(self.adversarial)
+
+    @cached_property
+    def maps(self) -> Tensor:
+        """The attribution per location (N, H, W): channels summed, signed or absolute."""
+        assert self.attribution is not None
+        return reduce_channels(self.attribution, signed=self.signed)
+
+    def with_maps(self, maps: Tensor) -> Batch:
+        """The same batch with other maps, sharing what does not depend on them."""
+        return replace(self, attribution=maps[:, None], signed=True)
+
+
+def reduce_channels(attribution: Tensor, *, signed: bool) -> Tensor:
+    """Attributions (N, C, H, W) as maps (N, H, W): the sum over channels, or of absolute values."""
+    return attribution.sum(1) if signed else attribution.abs().sum(1)
+
+
+def defined(valid: Tensor, values: Tensor) -> Tensor:
+    """Values as float64, NaN where they are not defined: such examples are left out and counted."""
+    return torch.where(valid, values.double(), torch.nan)

@@ -1,0 +1,97 @@
+"""Faithfulness: does the output follow what the map calls important?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rbkit.tools import random
+from rbkit.tools.batch import Batch
+from rbkit.tools.models import in_blocks
+from rbkit.tools.saliency import blurred
+
+GRID = 11  # points of a flipping curve, both ends included
+
+
+def _flip_curve(batch: Batch, order: Tensor, *, insert: bool, fill: Tensor) -> Tensor:
+    """Probability of the target while locations are removed (or inserted) in `order`, float64 (N, GRID).
+
+    order (N, H W): location indices, first to be flipped first. All channels of a location flip together (M4).
+    """
+    assert batch.explained is not None and batch.target is not None
+    n, _, height, width = batch.explained.shape
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(height * width, device=order.device).expand_as(order)
+    )
+    counts = torch.linspace(0, height * width, GRID, device=order.device).round().long()
+    rows = torch.arange(n, device=order.device).repeat_interleave(GRID)
+    wanted = counts.repeat(n)
+
+    def probability(row: Tensor, count: Tensor) -> Tensor:
+        flipped = (rank[row] < count[:, None]).reshape(-1, 1, height, width)
+        base, other = (fill, batch.explained) if insert else (batch.explained, fill)
+        assert base is not None and other is not None
+        images = torch.where(flipped, other[row], base[row])
+        with torch.no_grad():
+            scores = F.softmax(batch.evaluation(images).double(), dim=1)
+        assert batch.target is not None
+        return scores.gather(1, batch.target[row][:, None])[:, 0]
+
+    return in_blocks(probability, rows, wanted, block=batch.evaluation.block).reshape(n, GRID)
+
+
+def _area(curve: Tensor) -> Tensor:
+    """Mean height of a curve by the trapezoid rule, (N,)."""
+    return ((curve[:, 1:] + curve[:, :-1]) / 2).mean(1)
+
+
+def _random_order(batch: Batch) -> Tensor:
+    size = batch.image[0, 0].numel()
+    return random.uniform(batch.ids, (size,), seed=0, purpose="random order").argsort(dim=1, stable=True)
+
+
+def _fill(batch: Batch, imputation: str) -> Tensor:
+    assert batch.explained is not None
+    if imputation == "mean":
+        return batch.evaluation.model.mean.clamp(0, 1).expand_as(batch.explained)
+    return blurred(batch.explained)
+
+
+def _flipping(batch: Batch, *, insert: bool, imputation: str) -> Tensor:
+    """Area under the curve minus that of a random order on the same image and model (M3)."""
+    fill = _fill(batch, imputation)
+    key = f"random {insert} {imputation}"
+    if key not in batch.shared:
+        batch.shared[key] = _area(_flip_curve(batch, _random_order(batch), insert=insert, fill=fill))
+    # Ties are broken by the random order, so that a constant map equals it exactly (M1).
+    shuffle = _random_order(batch)
+    maps = batch.maps.flatten(1).gather(1, shuffle)
+    order = shuffle.gather(1, maps.argsort(dim=1, descending=True, stable=True))
+    return _area(_flip_curve(batch, order, insert=insert, fill=fill)) - batch.shared[key]
+
+
+def insertion(batch: Batch) -> Tensor:
+    """Insertion into the blurred image (Petsiuk et al. 2018), above random order."""
+    return _flipping(batch, insert=True, imputation="blur")
+
+
+def deletion(batch: Batch) -> Tensor:
+    """Deletion to the blurred image (Petsiuk et al. 2018), above random order; lower is better."""
+    return _flipping(batch, insert=False, imputation="blur")
+
+
+def insertion_mean(batch: Batch) -> Tensor:
+    """Insertion into the mean colour: the second imputation (M2)."""
+    return _flipping(batch, insert=True, imputation="mean")
+
+
+def deletion_mean(batch: Batch) -> Tensor:
+    """Deletion to the mean colour: the second imputation (M2)."""
+    return _flipping(batch, insert=False, imputation="mean")
+
+
+def completeness_error(batch: Batch) -> Tensor:
+    """|sum of attributions - change of output|, as stored by the method."""
+    assert batch.completeness is not None
+    return batch.completeness.double()

@@ -32,6 +32,14 @@ SIZE   ?= 32
 CLEAN  ?= $(or $(CLEAN_$(DATA)),0.5:1)
 GAP    ?= $(or $(GAP_$(DATA)),0.3)
 METHODS ?= gradient ig smoothgrad shap
+# make link: radii (0 is standard training) and seeds of the population; rows that each model is attacked and explained on
+LINK_EPS   ?= 0 0.125 0.25 0.5 1.0
+LINK_SEEDS ?= 0 1 2 3
+LINK_NTEST ?= 500
+LINK_NMAPS ?= 200
+LINK_METHODS ?= gradient ig
+# controls: smooth by noise or a gradient penalty, labels at random, fresh weights, a standard model stopped early
+CONTROLS   ?= noise penalty shuffled untrained early
 OUT    ?= out
 PIP_ARGS ?=
 PYTHON ?= python3
@@ -179,6 +187,85 @@ study: $(D)/report.html  ## data, models, attacks, maps, inversions, scores and 
 
 $(D)/report.html: $(SCORES) $(PICTURES) $(foreach m,$(MODELS),$(D)/$(m).safetensors) $(K)/bounds
 	rb-report $(filter-out $(K)/%,$^) --figures $(D)/figures/ --title '$(DATA)' --require --clean $(CLEAN) --gap $(GAP) -o $@
+
+# ---------------------------------------------------------------------------------------------------- the control
+# Images with a planted cue that a standard model leans on and a robust one, of twice the cue's radius, cannot: metrics
+# that do not tell these two apart in the right direction prove nothing elsewhere. Of shapes, where the truth is known.
+
+X := $(D)/control
+CUE       ?= 0.5
+CUE_SHIFT ?= 3
+cue_ball  := --norm l2 --eps $(shell awk 'BEGIN { print 2 * $(CUE) }') --steps $(STEPS) --eps-ramp $(RAMP)
+
+value_control := $(CUE) $(CUE_SHIFT) $(SEED) $(STEPS) $(RAMP)
+
+.PHONY: control
+control: $(X)/standard.jsonl $(X)/robust.jsonl  ## the positive control: images whose explanation is known
+
+$(X)/train.safetensors: $(K)/control | setup
+	@mkdir -p $(@D)
+	rb-data shapes --split train --n 4000 --seed $(SEED) --cue $(CUE) -o $@
+CONTROL_TRAIN = rb-train $< --arch resnet8 --epochs 8 --augment none --seed $(SEED) --resume -o $@
+$(X)/standard.safetensors: $(X)/train.safetensors
+	$(FRESH)
+	$(CONTROL_TRAIN) && touch $@
+$(X)/robust.safetensors: $(X)/train.safetensors
+	$(FRESH)
+	$(CONTROL_TRAIN) $(cue_ball) && touch $@
+$(X)/%.jsonl: $(X)/%.safetensors
+	{ for shift in 0 $(CUE_SHIFT); do \
+	      rb-data shapes --n 1000 --seed $(SEED) --cue $(CUE) --cue-shift $$shift | rb-score -m $< --json --quiet; \
+	  done; \
+	  for method in gradient ig smoothgrad; do \
+	      rb-data shapes --n 200 --seed $(SEED) --cue $(CUE) | rb-saliency -m $< --method $$method --steps 24 --samples 24 --quiet; \
+	  done | rb-score -m $< --metrics all --json --quiet; } > $@.tmp && mv $@.tmp $@
+
+# ---------------------------------------------------------------------------------------------------- the link
+# A population of models, trained at LINK_EPS with LINK_SEEDS, and controls of the same seeds: do they become more
+# interpretable as they become more robust?
+
+L := $(D)/link
+value_link := $(EPOCHS) $(BATCH) $(LR) $(ARCH) $(AUGMENT) $(NORM) $(STEPS) $(RAMP)
+value_linkattack := $(NORM) $(EPSS) $(LINK_NTEST)
+value_linkmaps := $(LINK_NMAPS)
+
+$(L)/test.safetensors: $(K)/data $(K)/linkattack | setup
+	@mkdir -p $(@D)
+	rb-data $(SOURCE) --split test --n $(LINK_NTEST) --seed $(SEED) -o $@
+$(L)/maps.safetensors: $(K)/data $(K)/linkmaps | setup
+	@mkdir -p $(@D)
+	rb-data $(SOURCE) --split test --n $(LINK_NMAPS) --seed $(SEED) -o $@
+$(L)/shuffled-labels.safetensors: $(K)/data $(K)/n | setup
+	@mkdir -p $(@D)
+	rb-data $(SOURCE) --split train --n $(N) --seed $(SEED) --shuffle-labels -o $@
+
+# $(1) name, $(2) seed, $(3) options of rb-train, $(4) training rows
+define LINK_MODEL
+$$(L)/$(1)-$(2).safetensors: $(4) $$(K)/link
+	@mkdir -p $$(@D)
+	$$(FRESH)
+	$$(TRAIN) --quiet --seed $(2) $(3) && touch $$@
+endef
+link_ball = $(if $(filter-out 0,$(1)),--norm $(NORM) --eps $(1) --steps $(STEPS) --eps-ramp $(RAMP))
+control_noise     := --method noise --sigma 0.1
+control_penalty   := --method gradient-penalty --beta 0.1
+control_shuffled  :=
+control_untrained := --epochs 0
+control_early     := --epochs 2
+$(foreach s,$(LINK_SEEDS),\
+    $(foreach e,$(LINK_EPS),$(eval $(call LINK_MODEL,eps$(e),$(s),$(call link_ball,$(e)),$(D)/train.safetensors)))\
+    $(foreach c,$(CONTROLS),$(eval $(call LINK_MODEL,$(c),$(s),$(control_$(c)),\
+        $(if $(filter shuffled,$(c)),$(L)/shuffled-labels.safetensors,$(D)/train.safetensors)))))
+
+# Attacked images and maps flow through pipes: what is kept of a model are its records.
+$(L)/%.jsonl: $(L)/%.safetensors $(L)/test.safetensors $(L)/maps.safetensors $(K)/linkattack
+	{ rb-attack $(L)/test.safetensors -m $< --norm $(NORM) $(foreach e,$(EPSS),--eps $(e)) --quiet | rb-score -m $< --json --quiet; \
+	  for method in $(LINK_METHODS); do \
+	      rb-saliency $(L)/maps.safetensors -m $< --method $$method --steps 24 --samples 24 --quiet; \
+	  done | rb-score -m $< --metrics all --json --quiet; } > $@.tmp && mv $@.tmp $@
+
+LINK_MAIN := $(foreach e,$(LINK_EPS),$(foreach s,$(LINK_SEEDS),$(L)/eps$(e)-$(s).jsonl))
+LINK_CONTROLS := $(foreach c,$(CONTROLS),$(foreach s,$(LINK_SEEDS),$(L)/$(c)-$(s).jsonl))
 
 # ---------------------------------------------------------------------------------------------------- tests
 

@@ -204,6 +204,7 @@ def _about(chunk: Chunk, model: Model, batch: Batch) -> dict[str, Any]:
         "kind": chunk.meta["kind"], "model_sha": model.sha, "arch": model.meta.get("arch"), "train_method": recipe.get("method"),
         "train_norm": recipe.get("norm"), "train_eps": recipe.get("eps"), "train_seed": recipe.get("seed"),
     }  # fmt: skip
+    about |= {key: value for key, value in (chunk.meta.get("data") or {}).items() if key.startswith("cue")}
     attack = chunk.meta.get("attack")
     if attack:
         about |= {

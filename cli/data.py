@@ -294,6 +294,8 @@ def _shuffled(source: DataSet, seed: int) -> DataSet:
 
 def _meta(source: DataSet, options: dict[str, Any], *, total: int) -> dict[str, Any]:
     described = {"source": options["kind"], "split": options["split"], "lossy": source.lossy}
+    if options["cue"]:
+        described |= {"cue": options["cue"], "cue_shift": options["cue_shift"] or 0}
     entry = _history.entry("rb-data", options)
     meta: dict[str, Any] = {"kind": "images", "total": total, "data": described, "history": [entry]}
     if source.classes is not None:

@@ -88,9 +88,9 @@ class _Study:
 
     def __init__(self, sources: list[str]) -> None:
         from rbkit.cli._compute import model_chunk
-        from rbkit.formats.table import read_records
 
         self.records: list[dict[str, Any]] = []
+        self.control: list[dict[str, Any]] = []  # records of images with a planted cue
         self.files: list[str] = []
         self.models: list[tuple[str, dict[str, Any]]] = []
         self.sheets: list[str] = []
@@ -99,13 +99,23 @@ class _Study:
             if name.endswith(".png"):
                 self.sheets.append(name)
             elif name.endswith((".jsonl", ".json")):
-                with blame(Input, FormatError, OSError):
-                    self.records += read_records(Path(name))
-                self.files.append(name)
+                self._read(name)
             else:
                 self.models.append((name, model_chunk(name).meta))
         if not self.records:
             raise Input("no records; give .jsonl files of rb-score")
+
+    def _read(self, name: str) -> None:
+        from rbkit.formats.table import read_records
+        from rbkit.tools.compare import is_cued
+
+        with blame(Input, FormatError, OSError):
+            found = read_records(Path(name))
+        cued = [r for r in found if is_cued(r)]
+        self.control += cued
+        self.records += [r for r in found if not is_cued(r)]
+        if len(cued) < len(found):
+            self.files.append(name)
 
     def failings(self, bounds: dict[str, Any]) -> list[str]:
         """Why the study is worthless, if it is."""
@@ -139,7 +149,11 @@ def _page(study: _Study, title: str, bounds: dict[str, Any], folder: str | None)
     if reasons:
         parts.append(html.paragraph("This study decides nothing: " + "; ".join(reasons) + ".", kind="answer alarm"))
     parts += (
-        _accuracy_section(study, folder) + _map_section(study, folder) + _sheet_section(study) + _made_section(study)
+        _accuracy_section(study, folder)
+        + _map_section(study, folder)
+        + _control_section(study)
+        + _sheet_section(study)
+        + _made_section(study)
     )
     return html.page(f"rbkit: {title}", parts)
 
@@ -260,6 +274,32 @@ def _map_section(study: _Study, folder: str | None) -> list[str]:
         parts += _figure(lambda form, m=metric: figures.metric_bars(study.records, m, form=form), metric, folder, caption,
                          f"rb-view --metric {metric} {files} -o {metric}.png")  # fmt: skip
     return [*parts, "</div>"]
+
+
+def _control_section(study: _Study) -> list[str]:
+    """Whether each metric tells a model that leans on a planted cue from one that does not."""
+    from rbkit.formats import html
+    from rbkit.tools.compare import control_failings, swap_losses, validated
+
+    if not study.control:
+        return []
+    lost, reasons = swap_losses(study.control), control_failings(study.control)
+    parts = [html.heading("The positive control")]
+    if len(lost) == 2:
+        parts.append(html.paragraph(
+            f"A faint cue of L2 norm {study.control[0]['cue']:g} is planted in the images. When it is swapped for that of another "
+            f"class, the standard model loses {100 * lost['standard']:.1f} points of accuracy, the robust one {100 * lost['robust']:.1f}: "
+            "so much does each lean on it. A metric that is worth its name prefers the model that looks at the object."
+        ))  # fmt: skip
+    if reasons:
+        return [*parts, html.paragraph("The control does not count: " + "; ".join(reasons) + ".", kind="answer alarm")]
+    rows = [
+        [row["metric"].replace("_", " "), str(row["robust"].get("method")), _number(row["standard"]), _number(row["robust"]),
+         row["robust"]["better"], str(row["robust"]["n"]), row["tells"]]
+        for row in validated(study.control)
+    ]  # fmt: skip
+    heads = ["metric", "of", "standard (95 %)", "robust (95 %)", "better", "n", "tells them apart"]
+    return [*parts, html.table(heads, rows)]
 
 
 def _sheet_section(study: _Study) -> list[str]:

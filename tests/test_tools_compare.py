@@ -7,11 +7,14 @@ import pytest
 from rbkit.tools.compare import (
     accuracies,
     by_metric,
+    control_failings,
     failings,
     interpretability,
     is_standard,
     paired,
     separated,
+    swap_losses,
+    validated,
 )
 
 
@@ -156,3 +159,37 @@ def test_accuracies_are_by_eps_and_leave_the_worst_case_out():
     assert list(found["robust"]) == [0.25, 1.0]
     assert [r["value"] for r in found["robust"].values()] == [0.15, 0.05]
     assert found["clean"]["value"] == 0.95
+
+
+# ------------------------------------------------------------------------------------------ the positive control
+
+
+def swapped(standard, robust):
+    """Accuracies of both models with a true cue (1.0) and with a swapped one."""
+    return [
+        record("clean_accuracy", 1.0 - (lost if shift else 0.0), robust=side, kind="images", cue=0.5, cue_shift=shift)
+        for side, lost in ((False, standard), (True, robust))
+        for shift in (0, 3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("standard", "robust", "words"),
+    [(0.4, 0.05, []), (0.2, 0.05, ["standard model loses 0.200"]), (0.4, 0.2, ["robust model loses 0.200"])],
+)
+def test_the_control_counts_only_if_the_swap_proves_it(standard, robust, words):
+    records = swapped(standard, robust)
+    assert swap_losses(records) == pytest.approx({"standard": standard, "robust": robust})
+    reasons = control_failings(records)
+    assert len(reasons) == len(words) and all(w in r for w, r in zip(words, reasons, strict=True))
+    assert control_failings(records[:3]) == ["the cue was not swapped for a standard and a robust model"]
+
+
+def test_a_metric_is_validated_on_true_cues_alone():
+    """A gain of the robust model tells; a loss tells the wrong way; swapped and cue-free images do not count."""
+    true, swap = {"cue": 0.5, "cue_shift": 0, "method": "ig"}, {"cue": 0.5, "cue_shift": 3, "method": "ig"}
+    records = both("gini", 0.1, 0.5, **true) + both("deletion", 0.1, 0.5, better="lower", **true)
+    records += both("insertion", 0.1, 0.105, **true) + both("entropy", 0.1, 0.5, **swap) + both("alignment", 0.1, 0.5)
+    assert {row["metric"]: row["tells"] for row in validated(records)} == {
+        "gini": "yes", "deletion": "no", "insertion": "open",
+    }  # fmt: skip

@@ -37,8 +37,7 @@ def link(
         typer.Option(
             "--robustness",
             metavar="METRIC[@PART:...]",
-            help="What stands for robustness; a PART is a norm, a radius or an attack. May be repeated. "
-            "Default robust_accuracy, at the middle radius.",
+            help="What stands for robustness, default robust_accuracy; may be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -46,8 +45,8 @@ def link(
         list[str] | None,
         typer.Option(
             "--controls",
-            metavar="[NAME=]FILE",
-            help="Records of models that are a control; NAME defaults to that of the file, without ending and seed. May be repeated.",
+            metavar="FILE",
+            help="Records of models that are a control, also as NAME=FILE; may be repeated.",
             show_default=False,
         ),
     ] = None,

@@ -1,0 +1,11 @@
+# fish completion of rb-link; made by man/make.py
+complete -c rb-link -l robustness -x -d 'What stands for robustness, default robust_accuracy; may be repeated.'
+complete -c rb-link -l controls -r -d 'Records of models that are a control, also as NAME=FILE; may be repeated.'
+complete -c rb-link -l run -x -d 'Field of the records that tells training runs apart.'
+complete -c rb-link -l allow-incomplete -d 'Take records of fewer rows than their stream has.'
+complete -c rb-link -l figures -r -d 'Write scatter plots and curves as PNG, SVG and PDF.'
+complete -c rb-link -l seed -x -d 'Seed of every random number.'
+complete -c rb-link -l json -d 'JSON lines, also on a terminal.'
+complete -c rb-link -s q -l quiet -d 'No progress and no notes on standard error.'
+complete -c rb-link -l version -d 'Show the version and exit.'
+complete -c rb-link -l help -d 'Show a short help and exit.'

@@ -266,6 +266,31 @@ $(L)/%.jsonl: $(L)/%.safetensors $(L)/test.safetensors $(L)/maps.safetensors $(K
 
 LINK_MAIN := $(foreach e,$(LINK_EPS),$(foreach s,$(LINK_SEEDS),$(L)/eps$(e)-$(s).jsonl))
 LINK_CONTROLS := $(foreach c,$(CONTROLS),$(foreach s,$(LINK_SEEDS),$(L)/$(c)-$(s).jsonl))
+LINK_PROOF := $(if $(filter shapes,$(DATA)),$(X)/standard.jsonl $(X)/robust.jsonl)
+
+# Models; passes of training and of judging through the network; passes per second of 2 cores, as measured on shapes.
+RATE ?= 1700
+define LINK_PLAN
+BEGIN { n = split("$(LINK_EPS)", eps, " "); seeds = split("$(LINK_SEEDS)", s, " "); controls = split("$(CONTROLS)", c, " ");
+  for (i in eps) cost += eps[i] > 0 ? $(STEPS) + 1 : 1;
+  models = seeds * (n + controls); train = seeds * $(N) * $(EPOCHS) * (cost + controls);
+  judge = models * (20 * $(LINK_NTEST) * $(words $(EPSS)) + 600 * $(LINK_NMAPS));
+  printf "%d models (%d radii and %d controls, %d seeds each), %.1f million passes: about %d minutes on 2 cores\n",
+    models, n, controls, seeds, (train + judge) / 1e6, (train + judge) / $(RATE) / 60 }
+endef
+export LINK_PLAN
+
+.PHONY: link link-plan
+link: link-plan  ## robustness against interpretability over a population of models; resumable
+	@$(MAKE) --no-print-directory $(L)/report.html
+	@echo "the report is $(L)/report.html"
+link-plan:  ## what make link would cost
+	@awk "$$LINK_PLAN"
+
+$(L)/link.jsonl: $(LINK_MAIN) $(LINK_CONTROLS)
+	rb-link $(LINK_MAIN) $(foreach f,$(LINK_CONTROLS),--controls $(f)) --figures $(L)/figures/ --json --quiet > $@.tmp && mv $@.tmp $@
+$(L)/report.html: $(L)/link.jsonl $(LINK_PROOF)
+	rb-report $^ --title 'the link on $(DATA)' -o $@
 
 # ---------------------------------------------------------------------------------------------------- tests
 

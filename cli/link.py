@@ -36,8 +36,8 @@ def link(
         list[str] | None,
         typer.Option(
             "--robustness",
-            metavar="METRIC[@PART:...]",
-            help="What stands for robustness, default robust_accuracy; may be repeated.",
+            metavar="METRIC",
+            help="What stands for robustness, also as METRIC@part:part; default robust_accuracy; may be repeated.",
             show_default=False,
         ),
     ] = None,

@@ -199,7 +199,7 @@ def interpretability(found: Population) -> list[Subject]:
 
 
 def choose(found: Population, text: str = "robust_accuracy") -> Subject:
-    """What stands for robustness: METRIC, or METRIC@PART:..., each part a norm, a radius or the name of an attack.
+    """What stands for robustness: METRIC, or METRIC@part:..., each part a norm, a radius or the name of an attack.
 
     Radii that most models have come first, of these the middle one (the lower of two); attack `worst` before others;
     attacks made on another model only where there are no others. Raises: ValueError when nothing fits or more than one

@@ -1,5 +1,5 @@
 # fish completion of rb-link; made by man/make.py
-complete -c rb-link -l robustness -x -d 'What stands for robustness, default robust_accuracy; may be repeated.'
+complete -c rb-link -l robustness -x -d 'What stands for robustness, also as METRIC@part:part; default robust_accuracy; may be repeated.'
 complete -c rb-link -l controls -r -d 'Records of models that are a control, also as NAME=FILE; may be repeated.'
 complete -c rb-link -l run -x -d 'Field of the records that tells training runs apart.'
 complete -c rb-link -l allow-incomplete -d 'Take records of fewer rows than their stream has.'

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rbkit.cli import _io, _values
 from rbkit.cli._compute import Model, to_tensor
 from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._flags import Flags
 from rbkit.cli._rows import check_input, checked, load_images, watched
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Judge:
         self.referee = None if referee is None else referee.evaluation(options["block"])
         self.background = self._background(options["background"])
         self.pools: Pools = Pools()
+        self.flags = Flags() if options["flags"] else None
         self.lines: list[dict[str, Any]] = []
         self.shared: dict[bytes, dict[str, Any]] = {}
         self.history: list[dict[str, Any]] = []
@@ -112,7 +114,10 @@ class Judge:
         if not names:
             raise Input(f"{chunk.place}: nothing to score (no labels?); try rb-data --label, or --per-example")
         if chunk.count:
-            self._pool(chunk, _about(chunk, model, batch), columns)
+            about = _about(chunk, model, batch)
+            self._pool(chunk, about, columns)
+            if self.flags is not None:
+                self.flags.add(batch, about)
 
     def _chance(self, batch: Batch, names: list[str]) -> dict[str, Any]:
         """The chance band of the batch's metrics, from what batches of the same rows and classes share."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rbkit.cli import _gates, _history, _io, _values
+from rbkit.cli import _flags, _gates, _history, _io, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import load_model, set_up
 from rbkit.cli._errors import Input, Numbers, Usage
@@ -78,6 +78,9 @@ def score(
         bool,
         typer.Option("--paired", help="Also the difference of every two models on the same images, with its p-value."),
     ] = False,
+    flags: Annotated[
+        bool, typer.Option("--flags", help="Red flags of masked gradients and failed attacks; status 8 if one fires.")
+    ] = False,
     per_example: Annotated[
         bool, typer.Option("--per-example", help="One line per image instead: name, prediction, values.")
     ] = False,
@@ -109,6 +112,8 @@ def score(
     _values.choice(reduce, ("auto", "signed", "abs"), option="--reduce")
     _values.block(block)
     gates = _gates.parse(expect)
+    if flags and per_example:
+        raise Usage("--flags judges rows together; leave out --per-example")
     names = None if metrics is None else _metric_names(metrics)
     place = set_up(device, threads)
     archs = None if arch is None else list(arch)
@@ -141,7 +146,9 @@ def _finish(run: Judge, gates: list[_gates.Gate], options: dict[str, Any]) -> No
         records += _differences(run)
     if options["output"] is not None:
         _keep(run, options)
-    _print(records, options["json_"])
+    flagged: list[dict[str, Any]] = [] if run.flags is None else run.flags.records(run.pools)
+    _print(records + flagged, options["json_"])
+    _flags.refuse_fired(flagged)
     left = [r for r in records if r["metric"] == "ball_violation" and r["value"]]
     if gates:
         _gates.judge(gates, run.pools.records(confidence=_gates.CONFIDENCE))
@@ -150,6 +157,7 @@ def _finish(run: Judge, gates: list[_gates.Gate], options: dict[str, Any]) -> No
         raise Numbers(
             f"{round(worst['value'] * worst['n'])} of {worst['n']} adversarial images lie outside the ball or the box"
         )
+    _flags.refuse_undecided(flagged)
 
 
 def _differences(run: Judge) -> list[dict[str, Any]]:
@@ -164,7 +172,9 @@ def _differences(run: Judge) -> list[dict[str, Any]]:
 
 def _keep(run: Judge, options: dict[str, Any]) -> None:
     """The values per example, one stream per pool."""
-    entry = _history.entry("rb-score", {k: v for k, v in options.items() if k not in ("judge", "background", "expect")})
+    entry = _history.entry(
+        "rb-score", {k: v for k, v in options.items() if k not in ("judge", "background", "expect", "flags")}
+    )
     with _io.Sink(options["output"], no_history=options["no_history"]) as sink:
         for pool in run.pools.pools.values():
             ids, columns = pool.joined()

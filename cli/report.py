@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rbkit.cli import _io, _values
+from rbkit.cli import _io, _link_page, _values
 from rbkit.cli._app import program
 from rbkit.cli._errors import CheckFailed, Input, Output, Usage, blame
 from rbkit.cli._options import Output as OutputFile
@@ -39,7 +39,9 @@ SHEETS = {
 def report(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="FILE...", help="Records (.jsonl of rb-score), models, and sheets (.png of rb-view)."),
+        typer.Argument(
+            metavar="FILE...", help="Records (.jsonl of rb-score and rb-link), models, and sheets (.png of rb-view)."
+        ),
     ],
     title: Annotated[str, typer.Option("--title", metavar="TEXT", help="What the study is of.")] = "study",
     require: Annotated[
@@ -91,6 +93,7 @@ class _Study:
 
         self.records: list[dict[str, Any]] = []
         self.control: list[dict[str, Any]] = []  # records of images with a planted cue
+        self.link: list[dict[str, Any]] = []  # records of rb-link
         self.files: list[str] = []
         self.models: list[tuple[str, dict[str, Any]]] = []
         self.sheets: list[str] = []
@@ -102,8 +105,8 @@ class _Study:
                 self._read(name)
             else:
                 self.models.append((name, model_chunk(name).meta))
-        if not self.records:
-            raise Input("no records; give .jsonl files of rb-score")
+        if not self.records and not self.link:
+            raise Input("no records; give .jsonl files of rb-score, or of rb-link")
 
     def _read(self, name: str) -> None:
         from rbkit.formats.table import read_records
@@ -111,10 +114,11 @@ class _Study:
 
         with blame(Input, FormatError, OSError):
             found = read_records(Path(name))
-        cued = [r for r in found if is_cued(r)]
-        self.control += cued
-        self.records += [r for r in found if not is_cued(r)]
-        if len(cued) < len(found):
+        plain = [r for r in found if not is_cued(r) and not _link_page.is_link(r)]
+        self.control += [r for r in found if is_cued(r)]
+        self.link += [r for r in found if _link_page.is_link(r)]
+        self.records += plain
+        if plain:
             self.files.append(name)
 
     def failings(self, bounds: dict[str, Any]) -> list[str]:
@@ -138,24 +142,28 @@ def _radius(study: _Study) -> float:
 def _page(study: _Study, title: str, bounds: dict[str, Any], folder: str | None) -> bytes:
     from rbkit.formats import html
 
+    parts = [html.heading("Does robust training make a classifier more interpretable?", level=1)]
+    if study.link:
+        parts += [
+            html.paragraph(f"{title}: a population of models; every interval is 95 %.", kind="sub"),
+            html.paragraph(_link_page.answer(study.link), kind="answer"),
+            *_link_page.sections(study.link),
+        ]
+    if study.records:
+        parts += _pair_sections(study, title, bounds, folder)
+    return html.page(f"rbkit: {title}", parts + _control_section(study) + _sheet_section(study) + _made_section(study))
+
+
+def _pair_sections(study: _Study, title: str, bounds: dict[str, Any], folder: str | None) -> list[str]:
+    """One standard and one robust model: the answer, accuracy and maps."""
+    from rbkit.formats import html
+
+    about = f"{title}: one standard and one adversarially trained model; every interval is 95 %."
+    parts = [html.paragraph(about, kind="sub"), html.paragraph(answer(study), kind="answer")]
     reasons = study.failings(bounds)
-    parts = [
-        "<h1>Does robust training make a classifier more interpretable?</h1>",
-        html.paragraph(
-            f"{title}: one standard and one adversarially trained model; every interval is 95 %.", kind="sub"
-        ),
-        html.paragraph(answer(study), kind="answer"),
-    ]
     if reasons:
         parts.append(html.paragraph("This study decides nothing: " + "; ".join(reasons) + ".", kind="answer alarm"))
-    parts += (
-        _accuracy_section(study, folder)
-        + _map_section(study, folder)
-        + _control_section(study)
-        + _sheet_section(study)
-        + _made_section(study)
-    )
-    return html.page(f"rbkit: {title}", parts)
+    return parts + _accuracy_section(study, folder) + _map_section(study, folder)
 
 
 def _share(record: dict[str, Any] | None) -> str:
@@ -325,7 +333,7 @@ def _made_section(study: _Study) -> list[str]:
     from rbkit.cli.info import replay_lines
     from rbkit.formats import html
 
-    parts = [html.heading("How it was made")]
+    parts = [html.heading("How it was made")] if study.models else []
     for name, meta in study.models:
         parts += [html.paragraph(name), html.code(replay_lines(meta.get("history") or []))]
     return parts

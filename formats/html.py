@@ -36,9 +36,9 @@ def escape(text: object) -> str:
     return html.escape(str(text))
 
 
-def heading(text: str) -> str:
-    """A section heading."""
-    return f"<h2>{escape(text)}</h2>"
+def heading(text: str, *, level: int = 2) -> str:
+    """A heading, of a section unless `level` says 1."""
+    return f"<h{level}>{escape(text)}</h{level}>"
 
 
 def paragraph(text: str, *, kind: str = "") -> str:

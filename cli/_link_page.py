@@ -1,0 +1,101 @@
+"""What rb-report says of the records of rb-link: the answer over a population of models, its tables and figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+KINDS = ("verdict", "correlation", "dose_response")
+VERDICTS = ("rises", "does not rise", "only because accuracy falls", "open")
+SAYING = {
+    "rises": "rising with robustness, also with clean accuracy held fixed",
+    "does not rise": "not rising with robustness",
+    "only because accuracy falls": "rising only because clean accuracy falls",
+    "open": "open",
+}
+
+
+def is_link(record: dict[str, Any]) -> bool:
+    """Whether a record is one of rb-link."""
+    return record.get("kind") in KINDS
+
+
+def answer(records: list[dict[str, Any]]) -> str:
+    """The population's answer in one paragraph with numbers."""
+    found = [r for r in records if r["kind"] == "verdict"]
+    models = max(r["n"] for r in found)
+    said = []
+    for verdict in VERDICTS:
+        mine = [r for r in found if r["verdict"] == verdict]
+        if mine:
+            strongest = sorted(mine, key=lambda r: -abs(r["value"] or 0.0))
+            named = [f"{r['of'].replace('_', ' ')} {r['value']:.2f}" for r in strongest if r["value"] is not None]
+            said.append(
+                f"{SAYING[verdict]}: {len(mine)}" + (f" ({'; '.join(named)})" if named and verdict != "open" else "")
+            )
+    listed = " ".join(f"{text[0].upper()}{text[1:]}." for text in said)
+    return (
+        f"{len(found)} interpretability metrics over {models} models. {listed} In brackets the Pearson correlation with "
+        f"{found[0]['robustness'].replace('_', ' ')}, each metric turned so that higher is better; p-values are corrected "
+        "over the whole family."
+    )
+
+
+def sections(records: list[dict[str, Any]]) -> list[str]:
+    """Verdicts with their correlations, and the radius of training at which half of the effect is reached."""
+    from rbkit.formats import html
+
+    parts = [html.heading("Robustness and interpretability over a population")]
+    heads = [
+        "metric",
+        "models",
+        "Pearson (95 %)",
+        "cluster bootstrap",
+        "p",
+        "partial (95 %)",
+        "p",
+        "verdict",
+        "other populations",
+    ]
+    rows = [_verdict_row(r, records) for r in records if r["kind"] == "verdict"]
+    parts += [html.table(heads, rows), html.paragraph(
+        "Partial: clean accuracy held fixed. Other populations: with the controls, and with all controls but one, where "
+        "these would say something else. Shape of the bootstrap: training runs are drawn, not images."
+    )]  # fmt: skip
+    curves = [r for r in records if r["kind"] == "dose_response"]
+    if curves:
+        parts += [html.heading("Dose and response"), html.table(
+            ["metric", "norm", "models", "half-effect radius (95 %)", "change over all radii (95 %)", "moves"],
+            [_curve_row(r) for r in curves],
+        )]  # fmt: skip
+    return parts
+
+
+def _between(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2g}" if low is None or high is None else f"{value:.2g} ({low:.2g} to {high:.2g})"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def _verdict_row(record: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
+    raw = next(
+        r for r in records
+        if r["metric"] == "pearson" and r["population"] == "main" and (r["of"], r["robustness"]) == (record["of"], record["robustness"])
+    )  # fmt: skip
+    other = [f"{name}: {text}" for name, text in record["elsewhere"].items() if text != record["verdict"]]
+    return [
+        record["of"].replace("_", " "), str(record["n"]), _between(record["value"], record["low"], record["high"]),
+        _between(raw["value"], raw["boot_low"], raw["boot_high"]).partition(" ")[2], _p(record["p_adjusted"]),
+        _between(record["partial"], record["partial_low"], record["partial_high"]), _p(record["partial_p_adjusted"]),
+        record["verdict"], "; ".join(other),
+    ]  # fmt: skip
+
+
+def _curve_row(record: dict[str, Any]) -> list[str]:
+    moves = {True: "better", False: "worse"}.get(record.get("improves"), record.get("reason", ""))  # type: ignore[arg-type]
+    change = _between(record.get("change"), record.get("change_low"), record.get("change_high"))
+    half = _between(record["value"], record["low"], record["high"])
+    return [record["of"].replace("_", " "), record["norm"], str(record["n"]), half, change, str(moves)]

@@ -216,8 +216,7 @@ def choose(found: Population, text: str = "robust_accuracy") -> Subject:
         fitting = kept
     fitting = _preferred(fitting, lambda s: s.crafted_on is None)
     if len({s.norm for s in fitting}) == 1:
-        fitting = _middle(found, fitting)
-    fitting = _preferred(fitting, lambda s: s.attack == "worst")
+        fitting = _preferred(_middle(found, fitting), lambda s: s.attack == "worst")
     if len(fitting) > 1:
         raise ValueError(f"{text} may be any of {_listed(found, fitting)}; say which, as in {metric}@l2:0.5:pgd")
     return fitting[0]

@@ -99,13 +99,9 @@ class Judge:
         from rbkit.tools.metrics import applicable, evaluate
 
         batch = _batch(chunk, evaluation, self)
-        names = applicable(chunk.meta["kind"], batch)
+        names = applicable(chunk.meta["kind"], batch, self.names)
         if _unlabelled(chunk):
             names = [name for name in names if name != "clean_accuracy"]  # it would be 1 by definition
-        if self.names is not None:
-            names = [name for name in names if name in self.names]
-        if batch.saliency is not None and batch.saliency.method == "shap" and self.background is None:
-            names = [name for name in names if name != "max_sensitivity"]
         self._share(batch, model)
         columns = evaluate(batch, names) | self._chance(batch, names) if chunk.count else {}
         if self.options["per_example"]:
@@ -135,7 +131,7 @@ class Judge:
         """Let batches of the same model, rows and classes share what does not depend on the method."""
         if batch.explained is None or batch.target is None:
             return
-        key = hashlib.sha256(model.sha.encode())
+        key = hashlib.sha256(f"{model.sha} {batch.output}".encode())
         for tensor in (batch.ids, batch.target, batch.explained):
             key.update(tensor.cpu().contiguous().numpy().tobytes())
         if key.digest() not in self.shared and len(self.shared) >= SHARED:

@@ -46,7 +46,12 @@ def score(
     ] = None,
     metrics: Annotated[
         str | None,
-        typer.Option("--metrics", metavar="A,B,...", help="Only these; default all that apply.", show_default=False),
+        typer.Option(
+            "--metrics",
+            metavar="all|A,B,...",
+            help="Only these; default all that apply and are not slow.",
+            show_default=False,
+        ),
     ] = None,
     bands: Annotated[
         bool, typer.Option("--bands/--no-bands", help="Chance values of attribution metrics from the same images.")
@@ -128,7 +133,7 @@ def score(
 def _metric_names(text: str) -> list[str]:
     from rbkit.tools.metrics import METRICS
 
-    names = text.split(",")
+    names = list(METRICS) if text == "all" else text.split(",")
     for name in names:
         _values.choice(name, tuple(METRICS), option="--metrics")
     return names

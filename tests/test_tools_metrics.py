@@ -382,7 +382,9 @@ BANDED = [name for name, entry in METRICS.items() if entry.band]
 def test_a_full_batch_has_all_metrics_and_a_bare_one_those_it_can():
     given = full_batch()
     kinds = ("adversarial", "attributions", "inversions")
-    assert {name for kind in kinds for name in applicable(kind, given)} == set(METRICS)
+    assert {name for kind in kinds for name in applicable(kind, given, METRICS)} == set(METRICS)
+    assert {name for kind in kinds for name in applicable(kind, given)} == {n for n, e in METRICS.items() if e.default}
+    assert "max_sensitivity" not in applicable("attributions", replace(given, background=None))  # shap needs them
     assert applicable("attributions", Batch(EVALUATION, IDS, X)) == []
     assert "relevance_mass" not in applicable("attributions", replace(given, mask=None))
     assert applicable("clean", given) == ["clean_accuracy"]

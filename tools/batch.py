@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rbkit.tools.models import Evaluation
-from rbkit.tools.saliency import Saliency
+from rbkit.tools.saliency import Saliency, explain
 
 
 @dataclass
@@ -59,9 +59,28 @@ class Batch:
         assert self.attribution is not None
         return reduce_channels(self.attribution, signed=self.signed)
 
+    @property
+    def output(self) -> str:
+        """What is explained: a key of OUTPUTS."""
+        return "logit" if self.saliency is None else self.saliency.output
+
+    @property
+    def can_explain(self) -> bool:
+        """Whether the attribution can be made again: some methods need background images."""
+        spec = self.saliency
+        needy = spec is not None and (spec.method == "shap" or (spec.method == "ig" and spec.baseline == "data"))
+        return spec is not None and (self.background is not None or not needy)
+
     def with_maps(self, maps: Tensor) -> Batch:
-        """The same batch with other maps, sharing what does not depend on them."""
-        return replace(self, attribution=maps[:, None], signed=True)
+        """The same batch with other maps (N, H, W) of no method, sharing what does not depend on them."""
+        spec = None if self.saliency is None else replace(self.saliency, method="reference")
+        return replace(self, attribution=maps[:, None], signed=True, saliency=spec)
+
+    def explain_again(self, images: Tensor, *, evaluation: Evaluation | None = None) -> Tensor:
+        """The attribution (N, C, H, W) of other images, or of another model, by the method of the stored one."""
+        assert self.target is not None and self.saliency is not None
+        model = self.evaluation if evaluation is None else evaluation
+        return explain(model, images, self.target, self.saliency, ids=self.ids, background=self.background).attribution
 
 
 def reduce_channels(attribution: Tensor, *, signed: bool) -> Tensor:

@@ -19,26 +19,20 @@ def _flip_curve(batch: Batch, order: Tensor, *, insert: bool, fill: Tensor) -> T
 
     order (N, H W): location indices, first to be flipped first. All channels of a location flip together (M4).
     """
-    assert batch.explained is not None and batch.target is not None
+    assert batch.explained is not None
     n, _, height, width = batch.explained.shape
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(height * width, device=order.device).expand_as(order)
-    )
+    rank = rank_of(order)
     counts = torch.linspace(0, height * width, GRID, device=order.device).round().long()
     rows = torch.arange(n, device=order.device).repeat_interleave(GRID)
     wanted = counts.repeat(n)
 
-    def probability(row: Tensor, count: Tensor) -> Tensor:
+    def look(row: Tensor, count: Tensor) -> Tensor:
         flipped = (rank[row] < count[:, None]).reshape(-1, 1, height, width)
         base, other = (fill, batch.explained) if insert else (batch.explained, fill)
         assert base is not None and other is not None
-        images = torch.where(flipped, other[row], base[row])
-        with torch.no_grad():
-            scores = F.softmax(batch.evaluation(images).double(), dim=1)
-        assert batch.target is not None
-        return scores.gather(1, batch.target[row][:, None])[:, 0]
+        return probability(batch, torch.where(flipped, other[row], base[row]), row)
 
-    return in_blocks(probability, rows, wanted, block=batch.evaluation.block).reshape(n, GRID)
+    return in_blocks(look, rows, wanted, block=batch.evaluation.block).reshape(n, GRID)
 
 
 def _area(curve: Tensor) -> Tensor:
@@ -46,9 +40,34 @@ def _area(curve: Tensor) -> Tensor:
     return ((curve[:, 1:] + curve[:, :-1]) / 2).mean(1)
 
 
-def _random_order(batch: Batch) -> Tensor:
+def random_order(batch: Batch) -> Tensor:
+    """Locations in random order, keyed by id, (N, H W)."""
     size = batch.image[0, 0].numel()
     return random.uniform(batch.ids, (size,), seed=0, purpose="random order").argsort(dim=1, stable=True)
+
+
+def order_of(batch: Batch, *, most: bool = True) -> Tensor:
+    """Locations (N, H W) from the most relevant on, or from the least.
+
+    Ties are broken by the random order, so that a constant map equals it exactly (M1).
+    """
+    shuffle = random_order(batch)
+    maps = batch.maps.flatten(1).gather(1, shuffle)
+    return shuffle.gather(1, maps.argsort(dim=1, descending=most, stable=True))
+
+
+def rank_of(order: Tensor) -> Tensor:
+    """When each location has its turn, (N, H W): the inverse of an order."""
+    turns = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, turns)
+
+
+def probability(batch: Batch, images: Tensor, rows: Tensor) -> Tensor:
+    """Probability of the targets of `rows` on one padded block of images, float64."""
+    assert batch.target is not None
+    with torch.no_grad():
+        scores = F.softmax(batch.evaluation(images).double(), dim=1)
+    return scores.gather(1, batch.target[rows][:, None])[:, 0]
 
 
 def _fill(batch: Batch, imputation: str) -> Tensor:
@@ -63,12 +82,8 @@ def _flipping(batch: Batch, *, insert: bool, imputation: str) -> Tensor:
     fill = _fill(batch, imputation)
     key = f"random {insert} {imputation}"
     if key not in batch.shared:
-        batch.shared[key] = _area(_flip_curve(batch, _random_order(batch), insert=insert, fill=fill))
-    # Ties are broken by the random order, so that a constant map equals it exactly (M1).
-    shuffle = _random_order(batch)
-    maps = batch.maps.flatten(1).gather(1, shuffle)
-    order = shuffle.gather(1, maps.argsort(dim=1, descending=True, stable=True))
-    return _area(_flip_curve(batch, order, insert=insert, fill=fill)) - batch.shared[key]
+        batch.shared[key] = _area(_flip_curve(batch, random_order(batch), insert=insert, fill=fill))
+    return _area(_flip_curve(batch, order_of(batch), insert=insert, fill=fill)) - batch.shared[key]
 
 
 def insertion(batch: Batch) -> Tensor:

@@ -6,12 +6,22 @@ that read `batch.maps` alone are also applied to reference maps, which gives the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from rbkit.tools import alignment, complexity, faithfulness, likeness, localisation, robustness, stability
+from rbkit.tools import (
+    alignment,
+    complexity,
+    faithfulness,
+    infidelity,
+    likeness,
+    localisation,
+    road,
+    robustness,
+    stability,
+)
 from rbkit.tools.batch import Batch
 from rbkit.tools.references import reference_maps
 
@@ -23,7 +33,7 @@ class Entry:
     """A line of the table: the function and what a reader of the number must know.
 
     needs: attributes of the batch that must be there. kind: of the stream. share: 0/1 per example (Wilson interval).
-    band: whether the metric is also computed on reference maps.
+    band: whether the metric is also computed on reference maps. default: computed also where nobody asks for it by name.
     """
 
     function: Metric
@@ -34,6 +44,7 @@ class Entry:
     needs: tuple[str, ...] = ()
     share: bool = False
     band: bool = False
+    default: bool = True
 
 
 _MAP = ("attribution", "explained", "target")
@@ -49,6 +60,11 @@ METRICS: dict[str, Entry] = {
     "deletion": Entry(faithfulness.deletion, "attributions", "probability", "lower", "Petsiuk et al. 2018", _MAP, band=True),
     "insertion_mean": Entry(faithfulness.insertion_mean, "attributions", "probability", "higher", "Petsiuk et al. 2018", _MAP, band=True),
     "deletion_mean": Entry(faithfulness.deletion_mean, "attributions", "probability", "lower", "Petsiuk et al. 2018", _MAP, band=True),
+    "road_morf": Entry(road.road_morf, "attributions", "probability", "lower", "Rong et al. 2022", _MAP, band=True, default=False),
+    "road_lerf": Entry(road.road_lerf, "attributions", "probability", "higher", "Rong et al. 2022", _MAP, band=True, default=False),
+    "infidelity": Entry(infidelity.infidelity, "attributions", "output squared", "lower", "Yeh et al. 2019", _MAP),
+    "infidelity_scaled": Entry(infidelity.infidelity_scaled, "attributions", "share", "lower", "after Yeh et al. 2019", _MAP, band=True),
+    "sensitivity_n": Entry(infidelity.sensitivity_n, "attributions", "correlation", "higher", "Ancona et al. 2018", _MAP, band=True, default=False),
     "relevance_mass": Entry(localisation.relevance_mass, "attributions", "share", "higher", "Arras et al. 2022", (*_MAP, "mask"), band=True),
     "relevance_rank": Entry(localisation.relevance_rank, "attributions", "share", "higher", "Arras et al. 2022", (*_MAP, "mask"), band=True),
     "pointing_game": Entry(localisation.pointing_game, "attributions", "share", "higher", "Zhang et al. 2018", (*_MAP, "mask"), band=True),
@@ -67,13 +83,16 @@ METRICS: dict[str, Entry] = {
 }  # fmt: skip
 
 
-def applicable(kind: str, batch: Batch) -> list[str]:
-    """Names of the metrics for a kind of stream that this batch has everything for."""
-    found = []
-    for name, entry in METRICS.items():
-        if entry.kind in ("any", kind) and all(getattr(batch, need) is not None for need in entry.needs):
-            found.append(name)
-    return found
+def applicable(kind: str, batch: Batch, names: Collection[str] | None = None) -> list[str]:
+    """Names of the metrics for a kind of stream that this batch has everything for, of `names` or of the default ones."""
+    return [
+        name
+        for name, entry in METRICS.items()
+        if entry.kind in ("any", kind)
+        and (entry.default if names is None else name in names)
+        and all(getattr(batch, need) is not None for need in entry.needs)
+        and ("saliency" not in entry.needs or batch.can_explain)
+    ]
 
 
 def evaluate(batch: Batch, names: list[str]) -> dict[str, Tensor]:

@@ -18,7 +18,11 @@ from torch import Tensor
 from rbkit.tools.metrics import METRICS
 from rbkit.tools.statistics import Interval, bootstrap_means, wilson, z_score
 
-PAIRS = (("insertion", "insertion_mean"), ("deletion", "deletion_mean"))
+AGREEMENTS = {  # between two ways to remove a pixel
+    "insertion_agreement": ("insertion", "insertion_mean"),
+    "deletion_agreement": ("deletion", "deletion_mean"),
+    "road_agreement": ("deletion", "road_morf"),
+}
 
 
 @dataclass
@@ -82,7 +86,7 @@ class Pool:
                 values = columns[name][~columns[name].isnan()]
                 interval = wilson(int(values.sum()), len(values), confidence=confidence)
             found.append(self._record(name, interval, columns) | _band(name, columns, means))
-        return found + [r for pair in PAIRS if (r := self._agreement(pair, columns)) is not None]
+        return found + [r for name in AGREEMENTS if (r := self._agreement(name, columns)) is not None]
 
     def _record(self, name: str, interval: Interval, columns: dict[str, Tensor]) -> dict[str, Any]:
         entry = METRICS[name]
@@ -96,11 +100,12 @@ class Pool:
             record["reason"] = "not defined for any example"
         return record
 
-    def _agreement(self, pair: tuple[str, str], columns: dict[str, Tensor]) -> dict[str, Any] | None:
+    def _agreement(self, name: str, columns: dict[str, Tensor]) -> dict[str, Any] | None:
         """Rank correlation over examples between two imputations of the same curve (trap M2)."""
+        pair = AGREEMENTS[name]
         if not set(pair) <= set(columns):
             return None
-        both = torch.stack([columns[name] for name in pair], 1)
+        both = torch.stack([columns[key] for key in pair], 1)
         both = both[~both.isnan().any(1)]
         value = (
             float(stats.spearmanr(both[:, 0], both[:, 1]).statistic)
@@ -108,7 +113,7 @@ class Pool:
             else None
         )
         record = {
-            "metric": f"{pair[0]}_agreement", "value": value, "low": None, "high": None, "n": len(both),
+            "metric": name, "value": value, "low": None, "high": None, "n": len(both),
             "unit": "rank correlation", "better": "higher", "source": "Tomsett et al. 2020", "complete": self.complete, **self.about,
         }  # fmt: skip
         return record if value is not None else record | {"reason": "too few or constant values"}

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from rbkit.tools.batch import Batch
 from rbkit.tools.norms import NORMS
-from rbkit.tools.saliency import explain
 
 NOISE_RADIUS = 0.02  # Linf, in [0, 1] pixels: the same for all models
 NOISE_DRAWS = 2
@@ -19,7 +18,6 @@ def max_sensitivity(batch: Batch) -> Tensor:
     Noise is uniform in a Linf ball of 0.02; an example of which no copy keeps its prediction has none (M6).
     """
     assert batch.explained is not None and batch.attribution is not None
-    assert batch.saliency is not None and batch.target is not None
     worst = torch.full((len(batch.ids),), torch.nan, dtype=torch.float64, device=batch.ids.device)
     prediction = batch.evaluation.logits(batch.explained).argmax(1)
     size = batch.attribution.flatten(1).double().norm(dim=1)
@@ -27,9 +25,7 @@ def max_sensitivity(batch: Batch) -> Tensor:
         noise = NORMS["linf"].start(batch.ids, tuple(batch.explained.shape[1:]), NOISE_RADIUS, seed=0, draw=draw)
         noisy = (batch.explained + noise).clamp(0, 1)
         kept = batch.evaluation.logits(noisy).argmax(1) == prediction
-        again = explain(
-            batch.evaluation, noisy, batch.target, batch.saliency, ids=batch.ids, background=batch.background
-        ).attribution
+        again = batch.explain_again(noisy)
         change = (again - batch.attribution).flatten(1).double().norm(dim=1) / size.clamp_min(1e-300)
         worst = torch.where(kept & (size > 0), torch.fmax(worst, change), worst)
     return worst

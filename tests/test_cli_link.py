@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from conftest import execute, shell
 
+from rbkit.cli._errors import Input, Output, Usage
+from rbkit.cli.link import link
+
 
 def lines(model, *, eps, robust, clean, alignment, entropy, **about):
     """What rb-score writes of one model: an attacked stream and one of maps."""
@@ -88,8 +91,6 @@ def test_controls_are_named_by_file_or_by_hand(scores):
     n = {r["population"]: r["n"] for r in rows if r["kind"] == "correlation"}
     assert n == {"main": 12, "with controls": 14, "without shuffled": 13, "without late": 13}
     assert {r["n"] for r in rows if r["kind"] == "dose_response"} == {12}
-    result = execute("rb-link", *main, "--controls", first, "--controls", f"other={first}")
-    assert result.status == 2 and "given as shuffled and as other" in result.err
 
 
 def test_few_models_are_told_of(scores):
@@ -98,12 +99,11 @@ def test_few_models_are_told_of(scores):
     rows = records(result)
     assert result.err == "rb-link: 4 models besides controls: no p-value, 5 are needed\n"
     assert {r["p"] for r in rows if r["kind"] == "correlation"} == {None}
-    assert execute("rb-link", *files, "-q").err == ""
 
 
 def test_a_table_on_a_terminal(scores):
     files = " ".join(map(str, sorted(scores.glob("eps*.jsonl"))))
-    result = shell(f"script -qec 'stty cols 200; rb-link {files}' /dev/null", TERM="dumb")
+    result = shell(f"script -qec 'rb-link {files}' /dev/null", TERM="xterm", COLUMNS="200", NO_COLOR="1")
     text = result.out.decode()
     assert (
         result.status == 0 and "with robust_accuracy, pgd l2 0.5" in text and "over the radius of training (l2)" in text
@@ -112,10 +112,11 @@ def test_a_table_on_a_terminal(scores):
     assert row.split()[2] == "12" and row.count("*") == 4 and row.count(" to ") == 4
 
 
-def test_figures_are_the_same_every_time_and_in_three_forms(scores, tmp_path):
-    files = [*sorted(scores.glob("eps*.jsonl")), "--controls", *scores.glob("shuffled-12.jsonl")]
-    for folder in ("a", "b"):
-        assert execute("rb-link", *files, "--figures", tmp_path / folder).status == 0
+def test_figures_are_the_same_every_time_and_in_three_forms(scores, tmp_path, capfd):
+    files = sorted(map(str, scores.glob("eps*.jsonl")))
+    control = str(scores / "shuffled-12.jsonl")
+    link(files, controls=[control], figures=str(tmp_path / "a"), json_=True)
+    assert execute("rb-link", *files, "--controls", control, "--figures", tmp_path / "b").status == 0
     names = {
         "scatter-alignment-ig",
         "scatter-entropy-ig",
@@ -130,56 +131,73 @@ def test_figures_are_the_same_every_time_and_in_three_forms(scores, tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     assert (tmp_path / "a" / "scatter-alignment-ig.png").read_bytes().startswith(b"\x89PNG")
     blocked = write(tmp_path / "file", [])
-    result = execute("rb-link", *files, "--figures", blocked / "x")
-    assert result.status == 4 and result.out == b""
+    with pytest.raises(Output, match="file"):
+        link(files, figures=str(blocked / "x"))
 
 
-def test_what_is_wrong_is_refused_in_one_line(scores, tmp_path):
-    good = sorted(scores.glob("eps*.jsonl"))
-    row = json.loads(good[0].read_text().splitlines()[3])
-    for change, status, words in [
-        ({"value": 0.9}, 3, "expected one value"),
-        ({"model_sha": None}, 3, "no model_sha; expected records of rb-score"),
-        ({"n": True}, 3, "no n"),
-        ({"better": "up"}, 3, "better is 'up', expected higher or lower"),
-        ({"better": "lower", "model_sha": "x"}, 3, "is better here"),
-        ({"value": "0.3"}, 3, "value is '0.3', expected a finite number"),
-        ({"method": 7}, 3, "method is '7', expected a text or null"),
-        ({"params": []}, 3, "params is '[]', expected an object"),
-        ({"complete": False, "model_sha": "x"}, 3, "try --allow-incomplete"),
-    ]:
-        result = execute("rb-link", *good, write(tmp_path / "bad.jsonl", [row | change]))
-        assert (result.status, result.out) == (status, b"") and words in result.err and result.err.count("\n") == 1, (
-            words
-        )
-    (tmp_path / "bad.jsonl").write_text(json.dumps(row).replace(str(row["value"]), "1e999"))
-    assert execute("rb-link", *good, tmp_path / "bad.jsonl").status == 3
-    (tmp_path / "bad.jsonl").write_text("{")
-    assert execute("rb-link", *good, tmp_path / "bad.jsonl").status == 3
-    partial = write(tmp_path / "partial.jsonl", [row | {"complete": False, "model_sha": "x"}])
-    assert execute("rb-link", *good, partial, "--allow-incomplete").status == 0
+BAD = [
+    ({"value": 0.9}, "expected one value"),
+    ({"model_sha": None}, "no model_sha; expected records of rb-score"),
+    ({"n": True}, "no n"),
+    ({"better": "up"}, "better is 'up', expected higher or lower"),
+    ({"better": "lower", "model_sha": "x"}, "is better here"),
+    ({"value": "0.3"}, "value is '0.3', expected a finite number"),
+    ({"value": 10**400}, "expected a finite number"),
+    ({"method": 7}, "method is '7', expected a text or null"),
+    ({"params": []}, "params is '\\[\\]', expected an object"),
+    ({"complete": False, "model_sha": "x"}, "try --allow-incomplete"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD, ids=[words for _, words in BAD])
+def test_wrong_records_are_refused(scores, tmp_path, change, words):
+    good = sorted(map(str, scores.glob("eps*.jsonl")))
+    row = json.loads(Path(good[0]).read_text().splitlines()[3])
+    with pytest.raises(Input, match=words):
+        link([*good, str(write(tmp_path / "bad.jsonl", [row | change]))])
+
+
+def test_refusals_are_one_line_and_a_status(scores, tmp_path, capfd):
+    good = sorted(map(str, scores.glob("eps*.jsonl")))
+    row = json.loads(Path(good[0]).read_text().splitlines()[3])
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps(row).replace(str(row["value"]), "1e999"))
+    result = execute("rb-link", *good, bad)
+    assert (result.status, result.out, result.err.count("\n")) == (3, b"", 1) and "value is 'inf'" in result.err
+    assert execute("rb-link").status == 3  # an empty standard input
+    bad.write_text("{")
+    for sources in ([str(bad)], [str(tmp_path / "none.jsonl")]):
+        with pytest.raises(Input):
+            link(sources)
+    link([*good, str(write(bad, [row | {"complete": False, "model_sha": "x"}]))], allow_incomplete=True)
+    assert '"n":12' in capfd.readouterr().out
 
 
 def test_usage(scores, tmp_path):
     good = sorted(scores.glob("eps*.jsonl"))
-    assert execute("rb-link").status == 3  # an empty standard input
-    assert execute("rb-link", tmp_path / "none.jsonl").status == 3
-    result = execute("rb-link", *good, "--robustness", "robust_accuracy@0.7")
-    assert result.status == 2 and "nothing has '0.7'; there are robust_accuracy, pgd l2 0.5" in result.err
-    result = execute("rb-link", *good, "--run", "job")
-    assert result.status == 2 and "--run job: no record has that field" in result.err
-    maps = [json.loads(line) for path in good for line in path.read_text().splitlines() if "attributions" in line]
-    assert "no record of robust_accuracy" in execute("rb-link", write(tmp_path / "maps.jsonl", maps)).err
-    attacks = [json.loads(line) for path in good for line in path.read_text().splitlines() if "adversarial" in line]
-    result = execute("rb-link", write(tmp_path / "attacks.jsonl", attacks))
-    assert result.status == 3 and "no interpretability metric" in result.err
+    names = [str(path) for path in good]
+    with pytest.raises(Usage, match=r"nothing has '0\.7'; there are robust_accuracy, pgd l2 0\.5"):
+        link(names, robustness=["robust_accuracy@0.7"])
+    with pytest.raises(Usage, match="--run job: no record has that field"):
+        link(names, run="job")
+    first = str(scores / "shuffled-12.jsonl")
+    with pytest.raises(Usage, match="given as shuffled and as other"):
+        link(names, controls=[first, f"other={first}"])
+    parts = {
+        kind: [json.loads(line) for path in good for line in path.read_text().splitlines() if kind in line]
+        for kind in ("attributions", "adversarial")
+    }
+    with pytest.raises(Input, match="no record of robust_accuracy"):
+        link([str(write(tmp_path / "maps.jsonl", parts["attributions"]))])
+    with pytest.raises(Input, match="no interpretability metric"):
+        link([str(write(tmp_path / "attacks.jsonl", parts["adversarial"]))])
 
 
-def test_runs_of_several_models(scores, tmp_path):
+def test_runs_of_several_models(scores, tmp_path, capfd):
     rows = [json.loads(line) for path in sorted(scores.glob("eps*.jsonl")) for line in path.read_text().splitlines()]
     rows = [r | {"job": int(r["model_sha"], 16) // 2} for r in rows]
-    found = records(execute("rb-link", write(tmp_path / "jobs.jsonl", rows), "--run", "job"))
-    row = found[0]
+    link([str(write(tmp_path / "jobs.jsonl", rows))], run="job", json_=True)
+    row = json.loads(capfd.readouterr().out.splitlines()[0])
     assert (
         (row["n"], row["runs"]) == (12, 6) and row["low"] is None and row["p"] is None and row["boot_low"] is not None
     )

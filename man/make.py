@@ -182,12 +182,13 @@ def metrics(_: str, kind: str) -> list[str]:
     for name, entry in METRICS.items():
         if entry.kind == kind or (entry.kind == "any" and kind == "adversarial"):
             text = _first_line(entry)
+            slow = "" if entry.default else " Only by name."
             known = entry.source == "-" or entry.source.split()[0] in text
             source = "" if known else f" {entry.source[0].upper()}{entry.source[1:]}."
             lines += [
                 ".TP",
                 bold(name),
-                inline(f"{text} Unit {entry.unit}; {entry.better} is better.{source}"),
+                inline(f"{text} Unit {entry.unit}; {entry.better} is better.{source}{slow}"),
             ]
     return lines
 

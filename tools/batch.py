@@ -18,7 +18,8 @@ class Batch:
     """Rows to be judged and the model that judges them.
 
     image float32 (N, C, H, W) is the clean image; adversarial, attribution, inverted, mask are None where the stream
-    has none. `explained` is what the attribution is of. Derived quantities are computed once.
+    has none. `explained` is what the attribution is of. Derived quantities are computed once. `shared`
+    holds those of rows, model and output alone, for all methods; `own` those of this attribution.
     """
 
     evaluation: Evaluation
@@ -41,6 +42,7 @@ class Batch:
     judge: Evaluation | None = None
     signed: bool = True
     shared: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict, init=False)  # so that a changed copy begins anew
 
     @cached_property
     def clean_logits(self) -> Tensor:
@@ -76,11 +78,14 @@ class Batch:
         spec = None if self.saliency is None else replace(self.saliency, method="reference")
         return replace(self, attribution=maps[:, None], signed=True, saliency=spec)
 
-    def explain_again(self, images: Tensor, *, evaluation: Evaluation | None = None) -> Tensor:
-        """The attribution (N, C, H, W) of other images, or of another model, by the method of the stored one."""
+    def explain_again(
+        self, images: Tensor, *, evaluation: Evaluation | None = None, target: Tensor | None = None
+    ) -> Tensor:
+        """The attribution (N, C, H, W) of other images, of another model or class, by the method of the stored one."""
         assert self.target is not None and self.saliency is not None
         model = self.evaluation if evaluation is None else evaluation
-        return explain(model, images, self.target, self.saliency, ids=self.ids, background=self.background).attribution
+        goal = self.target if target is None else target
+        return explain(model, images, goal, self.saliency, ids=self.ids, background=self.background).attribution
 
 
 def reduce_channels(attribution: Tensor, *, signed: bool) -> Tensor:

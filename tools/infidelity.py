@@ -12,13 +12,13 @@ from torch import Tensor
 from rbkit.tools import random
 from rbkit.tools.batch import Batch, defined
 from rbkit.tools.models import in_blocks
+from rbkit.tools.rowwise import TINY, correlation
 from rbkit.tools.saliency import output_of, values
 
 GRADIENTS = ("gradient", "smoothgrad")  # they say how the output changes per pixel value; other methods, by how much
 SQUARES = 32
 SUBSETS = 32  # per size
 SHARES = (1 / 32, 1 / 8, 1 / 2)  # of the locations, the n of sensitivity-n
-TINY = 1e-300
 
 
 def contributions(batch: Batch) -> Tensor:
@@ -118,12 +118,3 @@ def sensitivity_n(batch: Batch) -> Tensor:
             batch.shared[key] = _changes(batch, removed)
         found.append(correlation((removed * contributions(batch)[:, None]).sum(2), batch.shared[key]))
     return torch.stack(found, 1).nanmean(1)
-
-
-def correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Pearson's correlation per row of float64 (N, D); NaN where a row is constant up to rounding."""
-    centred = [x - x.mean(1, keepdim=True) for x in (first, second)]
-    sizes = [x.norm(dim=1) for x in centred]
-    spread = [size > 1e-9 * x.norm(dim=1) for size, x in zip(sizes, (first, second), strict=True)]
-    inner = (centred[0] * centred[1]).sum(1)
-    return defined(spread[0] & spread[1], inner / (sizes[0] * sizes[1]).clamp_min(TINY))

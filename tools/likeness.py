@@ -45,10 +45,9 @@ def _window(size: int, device: torch.device) -> Tensor:
     return kernel / kernel.sum()
 
 
-def ssim(batch: Batch) -> Tensor:
-    """Structural similarity (Wang et al. 2004): Gaussian window of 11 pixels and sigma 1.5, valid region, channel mean."""
-    assert batch.inverted is not None
-    a, b = (x.double().flatten(0, 1)[:, None] for x in (batch.image, batch.inverted))
+def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """SSIM (Wang et al. 2004) of images (N, C, H, W) in [0, 1], float64 (N,): window of 11 pixels and sigma 1.5."""
+    a, b = (x.double().flatten(0, 1)[:, None] for x in (first, second))
     size = min(11, a.shape[2] - (a.shape[2] + 1) % 2, a.shape[3] - (a.shape[3] + 1) % 2)
     line = _window(size, a.device)
     kernel = (line[:, None] * line[None, :])[None, None]
@@ -60,7 +59,13 @@ def ssim(batch: Batch) -> Tensor:
     va, vb, cov = smooth(a * a) - ma * ma, smooth(b * b) - mb * mb, smooth(a * b) - ma * mb
     c1, c2 = 0.01**2, 0.03**2
     index = ((2 * ma * mb + c1) * (2 * cov + c2)) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
-    return index.flatten(1).mean(1).reshape(len(batch.image), -1).mean(1)
+    return index.flatten(1).mean(1).reshape(len(first), -1).mean(1)
+
+
+def ssim(batch: Batch) -> Tensor:
+    """Structural similarity (Wang et al. 2004): Gaussian window of 11 pixels and sigma 1.5, valid region, channel mean."""
+    assert batch.inverted is not None
+    return structural_similarity(batch.image, batch.inverted)
 
 
 def judge_accuracy(batch: Batch) -> Tensor:

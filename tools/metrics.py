@@ -20,6 +20,7 @@ from rbkit.tools import (
     localisation,
     road,
     robustness,
+    sanity,
     stability,
 )
 from rbkit.tools.batch import Batch
@@ -48,6 +49,7 @@ class Entry:
 
 
 _MAP = ("attribution", "explained", "target")
+_AGAIN = (*_MAP, "saliency")  # the map is made again
 METRICS: dict[str, Entry] = {
     "clean_accuracy": Entry(robustness.clean_accuracy, "any", "share", "higher", "-", ("label",), share=True),
     "robust_accuracy": Entry(robustness.robust_accuracy, "adversarial", "share", "higher", "Madry et al. 2018", ("label", "adversarial"), share=True),
@@ -71,9 +73,18 @@ METRICS: dict[str, Entry] = {
     "gini": Entry(complexity.gini, "attributions", "index", "higher", "Chalasani et al. 2020", _MAP, band=True),
     "entropy": Entry(complexity.entropy, "attributions", "nats", "lower", "Bhatt et al. 2020", _MAP, band=True),
     "alignment": Entry(alignment.alignment, "attributions", "cosine", "higher", "after Etmann et al. 2019", _MAP, band=True),
+    "alignment_uncentred": Entry(alignment.alignment_uncentred, "attributions", "cosine", "higher", "after Etmann et al. 2019", _MAP, band=True),
+    "low_frequency_energy": Entry(alignment.low_frequency_energy, "attributions", "share", "higher", "after Kim et al. 2019", _MAP, band=True),
     "etmann_alignment": Entry(alignment.etmann_alignment, "attributions", "pixels", "higher", "Etmann et al. 2019", ("explained",)),
     "completeness_error": Entry(faithfulness.completeness_error, "attributions", "output", "lower", "Sundararajan et al. 2017", ("completeness",)),
-    "max_sensitivity": Entry(stability.max_sensitivity, "attributions", "relative", "lower", "Yeh et al. 2019", (*_MAP, "saliency")),
+    "max_sensitivity": Entry(stability.max_sensitivity, "attributions", "relative", "lower", "Yeh et al. 2019", _AGAIN),
+    "attack_sensitivity": Entry(stability.attack_sensitivity, "attributions", "relative", "lower", "Ghorbani et al. 2019", _AGAIN, default=False),
+    "attack_overlap": Entry(stability.attack_overlap, "attributions", "share", "higher", "Ghorbani et al. 2019", _AGAIN, default=False),
+    "randomisation": Entry(sanity.randomisation, "attributions", "rank correlation", "lower", "Adebayo et al. 2018", _AGAIN, default=False),
+    "randomisation_signed": Entry(sanity.randomisation_signed, "attributions", "rank correlation", "lower", "Adebayo et al. 2018", _AGAIN, default=False),
+    "randomisation_ssim": Entry(sanity.randomisation_ssim, "attributions", "index", "lower", "Adebayo et al. 2018", _AGAIN, default=False),
+    "randomisation_floor": Entry(sanity.randomisation_floor, "attributions", "rank correlation", "lower", "-", _AGAIN, default=False),
+    "random_logit": Entry(sanity.random_logit, "attributions", "rank correlation", "lower", "Sixt et al. 2020", _AGAIN, default=False),
     "latent_error": Entry(likeness.latent_error, "inversions", "relative", "lower", "Engstrom et al. 2019", ("inverted", "fit")),
     "pixel_error": Entry(likeness.pixel_error, "inversions", "pixels", "lower", "-", ("inverted", "fit")),
     "low_frequency_error": Entry(likeness.low_frequency_error, "inversions", "pixels", "lower", "-", ("inverted", "fit")),

@@ -89,7 +89,7 @@ def test_fisher_errors_are_their_formulas():
     assert correlation.fisher_error("partial", r, 12, held=2) == pytest.approx(1 / math.sqrt(7))
     for kind, n in (("pearson", 3), ("spearman", 3), ("kendall", 4), ("partial", 4)):
         assert np.isnan(correlation.fisher_error(kind, r, n)) and not np.isnan(correlation.fisher_error(kind, r, n + 1))
-    assert np.isnan(correlation.fisher_interval("pearson", np.array(1.0), 12)).all()
+    assert np.isnan(correlation.fisher_interval("pearson", np.array([1.0, -1 + 1e-15]), 12)).all()
 
 
 @pytest.mark.parametrize(("n", "rho"), [(20, 0.0), (20, 0.6), (33, -0.8)])
@@ -352,6 +352,19 @@ def test_pairs_hold_all_coefficients_intervals_and_p_values(outcome):
         nothing = [flat[k] for k in ("value", "low", "high", "boot_low", "boot_high", "p", "p_adjusted")]
         assert nothing == [None] * 7 and "same for all models" in flat["reason"] and flat["p_reason"]
     assert said["alignment"]["partial"] == pairs["main", "alignment", "partial"]["value"]
+
+
+def test_perfect_correlations_have_no_fisher_interval():
+    rows = [
+        make(f"m{i}", name, v)
+        for i, v in enumerate((1.0, 2.0, 4.0, 8.0, 9.0))
+        for make, name in ((attacked, "robust_accuracy"), (mapped, "gini"))
+    ]
+    pairs, _ = analysed(rows)
+    for kind in ("pearson", "spearman", "kendall"):
+        row = pairs["main", "gini", kind]
+        assert row["value"] == pytest.approx(1) and row["low"] is None and "correlation of 1" in row["interval_reason"]
+        assert row["p"] == pytest.approx(2 / 120 if kind != "pearson" else 1 / 120)
 
 
 def test_nothing_depends_on_the_order_of_records():

@@ -19,6 +19,7 @@ from rbkit.tools.compare import ONE_OF_ALL, ROBUSTNESS, SANITY
 from rbkit.tools.correlation import (
     COEFFICIENTS,
     DRAWS,
+    FLAT,
     SHUFFLES,
     SMALLEST,
     Array,
@@ -403,7 +404,9 @@ def _estimate(whole: Pair, kind: str, counts: Array, held: Array) -> dict[str, A
     if pair.runs < n:
         record["interval_reason"] = "several models of one training run are not independent; see boot_low and boot_high"
     elif not np.isfinite(low):
-        record["interval_reason"] = "no interval at a correlation of 1" if n > 5 else f"too few models: {n}"
+        record["interval_reason"] = (
+            f"too few models: {n}" if abs(value) < 1 - FLAT else "no interval at a correlation of 1"
+        )
     else:
         record |= {"low": float(low), "high": float(high)}
     rows = counts if kind != "partial" else counts[:, ~np.isnan(held)]

@@ -63,6 +63,13 @@ def test_a_weight_is_a_repeated_observation(kind, tied):
         assert value == pytest.approx(float(correlation.coefficient(kind, x[chosen], y[chosen], z[chosen])), abs=1e-12)
 
 
+def test_weighted_ranks_are_those_of_repeated_observations(tied):
+    x, _, _ = tied
+    weights = correlation.bootstrap_counts(11, draws=1)[0]
+    chosen = np.repeat(np.arange(11), weights.astype(int))
+    assert (correlation.weighted_ranks(x, weights)[chosen] == stats.rankdata(x[chosen])).all()
+
+
 def test_what_is_not_defined_is_nan():
     x, flat = np.array([0.1, 0.7, 0.3, 0.2]), np.full(4, 0.1)  # the mean of 0.1, 0.1, ... is not exactly 0.1
     for kind in ("pearson", "spearman", "kendall"):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rbkit.tools.metrics import Batch
     from rbkit.tools.pool import Pools
 
-PREFIX = "score."  # of the columns of a stream of scores
+PREFIX, FEATURES = "score.", "features."  # of the columns of a stream of scores
 SHARED = 16  # chunks whose chance bands are kept for the next method
 SIGNED = ("ig", "shap", "input-x-gradient")
 
@@ -38,6 +38,7 @@ class Judge:
         self.options, self.names, self.device = options, names, device
         self.subjects = [(model, model.evaluation(options["block"])) for model in subjects]
         self.referee = None if referee is None else referee.evaluation(options["block"])
+        self.referee_sha = None if referee is None else referee.sha
         self.background = self._background(options["background"])
         self.pools: Pools = Pools()
         self.flags = Flags() if options["flags"] else None
@@ -107,13 +108,25 @@ class Judge:
         if self.options["per_example"]:
             self.lines += _lines(chunk, model, batch, columns)
             return
-        if not names:
+        features = self._features(chunk, batch)
+        if not names and not features:
             raise Input(f"{chunk.place}: nothing to score (no labels?); try rb-data --label, or --per-example")
         if chunk.count:
             about = _about(chunk, model, batch)
-            self._pool(chunk, about, columns)
+            if chunk.meta["kind"] == "inversions" and batch.judge is not None:
+                about["judge"] = self.referee_sha
+            self._pool(chunk, about, columns, features)
             if self.flags is not None:
                 self.flags.add(batch, about)
+
+    def _features(self, chunk: Chunk, batch: Batch) -> dict[str, Any]:
+        """What the Fréchet distance of generated images is computed of, in the judge model's features."""
+        from rbkit.tools.likeness import judged_features
+
+        wanted = self.names is None or "frechet_distance" in self.names
+        if not wanted or batch.judge is None or batch.inverted is None or not chunk.count:
+            return {}
+        return judged_features(batch)
 
     def _chance(self, batch: Batch, names: list[str]) -> dict[str, Any]:
         """The chance band of the batch's metrics, from what batches of the same rows and classes share."""
@@ -138,7 +151,9 @@ class Judge:
             self.shared.pop(next(iter(self.shared)))
         batch.shared = self.shared.setdefault(key.digest(), {})
 
-    def _pool(self, chunk: Chunk, about: dict[str, Any], columns: dict[str, Any]) -> None:
+    def _pool(
+        self, chunk: Chunk, about: dict[str, Any], columns: dict[str, Any], features: dict[str, Any] | None = None
+    ) -> None:
         from rbkit.formats.document import digest
 
         total = chunk.meta.get("total")
@@ -146,7 +161,14 @@ class Judge:
         origin = digest([chunk.meta.get("history") or chunk.meta.get("sha256"), total])
         with blame(Input, ValueError, prefix=f"{chunk.place}: "):
             pool = self.pools.of(about)
-            pool.add(to_tensor(chunk.arrays["id"], "cpu"), columns, origin=origin, total=total, first=chunk.first)  # type: ignore[arg-type]
+            pool.add(
+                to_tensor(chunk.arrays["id"], "cpu"),
+                columns,
+                origin=origin,
+                total=total,
+                first=chunk.first,
+                features=features,  # type: ignore[arg-type]
+            )
 
     def _scores(self, chunk: Chunk) -> None:
         """Values per example of an earlier run."""
@@ -157,7 +179,12 @@ class Judge:
         if not isinstance(described.get("about"), dict) or "id" not in chunk.arrays:
             raise Input(f"{chunk.place}: scores without id or without what they are about")
         columns = {name.removeprefix(PREFIX): torch.from_numpy(chunk.arrays[name].astype("float64")) for name in names}
-        self._pool(chunk, described["about"], columns)
+        features = {
+            name.removeprefix(FEATURES): torch.from_numpy(array.astype("float32"))
+            for name, array in chunk.arrays.items()
+            if name.startswith(FEATURES)
+        }
+        self._pool(chunk, described["about"], columns, features)
 
 
 def _unlabelled(chunk: Chunk) -> bool:
@@ -193,7 +220,7 @@ def _batch(chunk: Chunk, evaluation: Any, run: Judge) -> Batch:
         evaluation, tensor("id"), image, label=label, adversarial=tensor("adversarial"), norm=attack.get("norm", "l2"),
         eps=attack.get("eps"), attack_target=tensor("attack_target"), attribution=tensor("attribution"), explained=explained,
         target=tensor("target"), saliency=spec, mask=tensor("mask"), completeness=tensor("completeness_error"),
-        inverted=tensor("inverted"), fit=image if inversion.get("mode", "representation") == "representation" else None,
+        inverted=tensor("inverted"), start=tensor("start"), fit=image if inversion.get("mode", "representation") == "representation" else None,
         judge=run.referee, background=run.background, signed=signed,
     )  # fmt: skip
 

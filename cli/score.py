@@ -12,7 +12,7 @@ from rbkit.cli import _flags, _gates, _history, _io, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import load_model, set_up
 from rbkit.cli._errors import Input, Numbers, Usage
-from rbkit.cli._judge import PREFIX, Judge
+from rbkit.cli._judge import FEATURES, PREFIX, Judge
 from rbkit.cli._options import (
     BLOCK,
     DOCUMENT_LIMIT,
@@ -131,11 +131,12 @@ def score(
 
 
 def _metric_names(text: str) -> list[str]:
-    from rbkit.tools.metrics import METRICS
+    from rbkit.tools.metrics import METRICS, OF_SETS
 
-    names = list(METRICS) if text == "all" else text.split(",")
+    known = (*METRICS, *OF_SETS)
+    names = list(known) if text == "all" else text.split(",")
     for name in names:
-        _values.choice(name, tuple(METRICS), option="--metrics")
+        _values.choice(name, known, option="--metrics")
     return names
 
 
@@ -192,6 +193,7 @@ def _keep(run: Judge, options: dict[str, Any]) -> None:
             }
             meta["history"] = _history.extended(run.history, entry)
             arrays = {"id": ids.numpy(), **{PREFIX + name: values.numpy() for name, values in columns.items()}}
+            arrays |= {FEATURES + name: values.numpy() for name, values in pool.joined_features().items()}
             sink.write(arrays, meta, last=True)
 
 

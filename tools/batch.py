@@ -37,6 +37,7 @@ class Batch:
     mask: Tensor | None = None
     completeness: Tensor | None = None
     inverted: Tensor | None = None
+    start: Tensor | None = None
     fit: Tensor | None = None
     background: Tensor | None = None
     judge: Evaluation | None = None

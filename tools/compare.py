@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 SUBJECT = ("metric", "attack", "norm", "eps", "method", "mode", "kind")
-SANITY = ("ties", "ball_violation", "perturbation", "target_rate")
+# What says nothing of two models side by side; the scale of infidelity is that of a model's own outputs.
+SANITY = ("ties", "ball_violation", "perturbation", "target_rate", "infidelity", "randomisation_floor")
 ROBUSTNESS = ("clean_accuracy", "robust_accuracy", "robust_accuracy_png")
 
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What a record is of, apart from the model."""
-    return tuple(record.get(name) for name in SUBJECT)
+    """What a record is of, apart from the model. Paths refined to another error are of something else."""
+    return (*(record.get(name) for name in SUBJECT), (record.get("params") or {}).get("tolerance"))
 
 
 def is_standard(record: dict[str, Any]) -> bool:

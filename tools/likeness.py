@@ -17,6 +17,14 @@ def features_of(evaluation: Evaluation, images: Tensor) -> Tensor:
         return in_blocks(lambda x: evaluation.features(x).flatten(1), images, block=evaluation.block).double()
 
 
+def judged_features(batch: Batch) -> dict[str, Tensor]:
+    """Features of the judge model, float32 (N, D), of the images made (`generated`), of the `real` ones and, where they
+    are stored, of the `start` images: what the Fréchet distance is computed of."""
+    assert batch.judge is not None
+    images = {"generated": batch.inverted, "real": batch.image, "start": batch.start}
+    return {name: features_of(batch.judge, x).float() for name, x in images.items() if x is not None}
+
+
 def latent_error(batch: Batch) -> Tensor:
     """|R(inverted) - R(image)| / |R(image)| in the features before the head, per example (I1)."""
     assert batch.inverted is not None

@@ -94,6 +94,18 @@ METRICS: dict[str, Entry] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class SetEntry:
+    """A metric of a set of examples, which has no value per example: what a reader of the number must know."""
+
+    unit: str
+    better: str
+    source: str
+
+
+OF_SETS = {"frechet_distance": SetEntry("features squared", "lower", "after Heusel et al. 2017")}
+
+
 def applicable(kind: str, batch: Batch, names: Collection[str] | None = None) -> list[str]:
     """Names of the metrics for a kind of stream that this batch has everything for, of `names` or of the default ones."""
     return [

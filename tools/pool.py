@@ -15,7 +15,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from rbkit.tools.metrics import METRICS
+from rbkit.tools.frechet import extrapolated, frechet
+from rbkit.tools.metrics import METRICS, OF_SETS
 from rbkit.tools.statistics import Interval, bootstrap_means, wilson, z_score
 
 AGREEMENTS = {  # between two ways to remove a pixel
@@ -27,24 +28,38 @@ AGREEMENTS = {  # between two ways to remove a pixel
 
 @dataclass
 class Pool:
-    """Values of one subject: `about` says what they are of; `columns` (N,) float64 by metric, `metric@reference`."""
+    """Values of one subject: `about` says what they are of; `columns` (N,) float64 by metric, `metric@reference`.
+
+    `features` (N, D) float32 are of sets of images: `generated`, `real`, `start`.
+    """
 
     about: dict[str, Any]
     ids: list[Tensor] = field(default_factory=list)
     columns: dict[str, list[Tensor]] = field(default_factory=dict)
+    features: dict[str, list[Tensor]] = field(default_factory=dict)
     totals: dict[str, int | None] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
     first: int = 0
 
-    def add(self, ids: Tensor, columns: dict[str, Tensor], *, origin: str, total: int | None, first: int) -> None:
+    def add(
+        self,
+        ids: Tensor,
+        columns: dict[str, Tensor],
+        *,
+        origin: str,
+        total: int | None,
+        first: int,
+        features: dict[str, Tensor] | None = None,
+    ) -> None:
         """More examples. Raises: ValueError when an id is already here, or other metrics are given than before."""
         fresh = set(ids.tolist())
         twice = fresh & self.seen
         if twice or len(fresh) != len(ids):
             shown = min(twice) if twice else "one"
             raise ValueError(f"id {shown} appears twice among rows of the same model, attack and parameters")
-        if self.ids and set(columns) != set(self.columns):
-            odd = sorted(set(columns) ^ set(self.columns))
+        given, known = {*columns, *(features or {})}, {*self.columns, *self.features}
+        if self.ids and given != known:
+            odd = sorted(given ^ known)
             raise ValueError(
                 f"streams of one pool differ in what can be scored ({', '.join(odd[:3])}); score them apart"
             )
@@ -54,6 +69,8 @@ class Pool:
         self.ids.append(ids.cpu())
         for name, values in columns.items():
             self.columns.setdefault(name, []).append(values.double().cpu())
+        for name, values in (features or {}).items():
+            self.features.setdefault(name, []).append(values.float().cpu())
         self.totals[origin] = total
 
     @property
@@ -68,8 +85,15 @@ class Pool:
         order = ids.argsort()
         return ids[order], {name: torch.cat(parts)[order] for name, parts in self.columns.items()}
 
+    def joined_features(self) -> dict[str, Tensor]:
+        """Features of the sets with rows in order of id."""
+        order = torch.cat(self.ids).argsort()
+        return {name: torch.cat(parts)[order] for name, parts in self.features.items()}
+
     def records(self, *, confidence: float = 0.95) -> list[dict[str, Any]]:
         """A record per metric."""
+        if not self.columns:
+            return self._distances()
         ids, columns = self.joined()
         names = [name for name in columns if "@" not in name]
         means = dict(
@@ -86,7 +110,26 @@ class Pool:
                 values = columns[name][~columns[name].isnan()]
                 interval = wilson(int(values.sum()), len(values), confidence=confidence)
             found.append(self._record(name, interval, columns) | _band(name, columns, means))
-        return found + [r for name in AGREEMENTS if (r := self._agreement(name, columns)) is not None]
+        agreements = [r for name in AGREEMENTS if (r := self._agreement(name, columns)) is not None]
+        return found + agreements + self._distances()
+
+    def _distances(self) -> list[dict[str, Any]]:
+        """The Fréchet distance of generated to real images, and as its `floor` that of the images begun with."""
+        if not self.features:
+            return []
+        entry, sets = OF_SETS["frechet_distance"], self.joined_features()
+        made, real = sets["generated"], sets["real"]
+        n, size = made.shape
+        record: dict[str, Any] = {
+            "metric": "frechet_distance", "value": None, "low": None, "high": None, "n": n, "unit": entry.unit,
+            "better": entry.better, "source": entry.source, "complete": self.complete, "dimensions": size,
+            "rank_deficient": n <= size, "floor": None, "extrapolated": None, "extractor": self.about.get("judge"), **self.about,
+        }  # fmt: skip
+        if n < 2:
+            return [record | {"reason": "fewer than 2 examples"}]
+        floor = frechet(sets["start"], real) if "start" in sets else None
+        ids = torch.cat(self.ids).sort().values
+        return [record | {"value": frechet(made, real), "floor": floor, "extrapolated": extrapolated(ids, made, real)}]
 
     def _record(self, name: str, interval: Interval, columns: dict[str, Tensor]) -> dict[str, Any]:
         entry = METRICS[name]

@@ -161,14 +161,8 @@ class Judge:
         origin = digest([chunk.meta.get("history") or chunk.meta.get("sha256"), total])
         with blame(Input, ValueError, prefix=f"{chunk.place}: "):
             pool = self.pools.of(about)
-            pool.add(
-                to_tensor(chunk.arrays["id"], "cpu"),
-                columns,
-                origin=origin,
-                total=total,
-                first=chunk.first,
-                features=features,  # type: ignore[arg-type]
-            )
+            ids = to_tensor(chunk.arrays["id"], "cpu")  # type: ignore[arg-type]
+            pool.add(ids, columns, origin=origin, total=total, first=chunk.first, features=features)
 
     def _scores(self, chunk: Chunk) -> None:
         """Values per example of an earlier run."""

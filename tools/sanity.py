@@ -23,7 +23,7 @@ PROBES = 32  # noise images on which a layer's statistics are taken
 GRAIN = 4  # side, in pixels, of what is even in them
 
 
-def probes(evaluation: Evaluation, shape: tuple[int, int, int]) -> Tensor:
+def probes(evaluation: Evaluation, shape: tuple[int, ...]) -> Tensor:
     """Smooth noise around the model's mean colour, (PROBES, C, H, W)."""
     channels, height, width = shape
     coarse = (channels, -(-height // GRAIN), -(-width // GRAIN))
@@ -67,7 +67,7 @@ def _draw(layer: nn.Module, before: Tensor, after: Tensor, *, name: str, draw: i
 
 @torch.no_grad()
 def randomised(
-    evaluation: Evaluation, shape: tuple[int, int, int], *, count: int | None = None, draw: int = 0
+    evaluation: Evaluation, shape: tuple[int, ...], *, count: int | None = None, draw: int = 0
 ) -> Evaluation:
     """A copy whose last `count` layers (None: all) are drawn anew. shape: (C, H, W) of the images."""
     changed = copy.deepcopy(evaluation)

@@ -56,7 +56,10 @@ def max_sensitivity(batch: Batch) -> Tensor:
 
 
 def softened(evaluation: Evaluation) -> Evaluation:
-    """A copy with softplus for ReLU, so that its gradient has a gradient (Dombrowski et al. 2019)."""
+    """A copy with softplus for ReLU modules, so that its gradient has a gradient (Dombrowski et al. 2019).
+
+    Where ReLU is no module the ascent has no direction, and the attack is no more than one noisy copy.
+    """
     changed = copy.deepcopy(evaluation)
     for parent in list(changed.model.modules()):
         for name, child in parent.named_children():

@@ -419,6 +419,14 @@ def test_a_missing_value_leaves_the_model_out_of_its_pairs_alone():
         pairs["main", "alignment", "partial"]["p"] is not None
         and pairs["main", "alignment", "partial"]["boot_low"] is not None
     )
+    # Each model keeps its own draws where others are left out.
+    kept = [i for i in range(12) if i not in (3, 7)]
+    values = {(r["model_sha"], r["metric"]): r["value"] for r in records}
+    columns = [[values[f"m{i:02}", name] for i in kept] for name in ("robust_accuracy", "alignment", "clean_accuracy")]
+    drawn = correlation.partial(*map(np.array, columns), correlation.bootstrap_counts(12, draws=200)[:, kept])
+    assert pairs["main", "alignment", "partial"]["boot_low"] == pytest.approx(
+        float(correlation.percentile_interval(drawn)[0])
+    )
     without = [r for r in records if r["metric"] != "clean_accuracy"]
     pairs, said = analysed(without)
     assert pairs["main", "gini", "partial"]["reason"] == "the clean accuracy is not known"

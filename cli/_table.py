@@ -26,6 +26,8 @@ def show(records: list[dict[str, Any]]) -> None:
         )
         for r in rows:
             interval = "" if r["low"] is None else f"{r['low']:.4f} to {r['high']:.4f}"
+            if "fires" in r:
+                interval = f"limit {r['limit']:.4g}" + {True: ", fires", False: "", None: ", undecided"}[r["fires"]]
             chance = _cell((r.get("band") or {}).get("random"))
             arrow = "↑" if r["better"] == "higher" else "↓"
             table.add_row(f"{r['metric']} {arrow}", _cell(r["value"]), interval, str(r["n"]), chance, _cell(r.get("z")))

@@ -48,3 +48,18 @@ def passed_on(meta: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The metadata that an output takes over from its input, with `new` at the end of the history."""
     kept = {key: value for key, value in meta.items() if key not in ("part", "sha256")}
     return kept | {"history": extended(meta.get("history") or [], new)}
+
+
+def broken_link(history: Any) -> str | None:
+    """What is wrong with a history, or None: each entry must hold its own digest and name the one before it."""
+    if not isinstance(history, list) or not all(isinstance(e, dict) for e in history):
+        return "the history is no list of entries"
+    before: list[str] = []
+    for number, known in enumerate(history, 1):
+        body = {key: value for key, value in known.items() if key != "id"}
+        if _with_id(body)["id"] != known.get("id"):
+            return f"entry {number} was changed: its id is not that of what it says"
+        if known.get("parents") != before:
+            return f"entry {number} does not follow entry {number - 1}"
+        before = [str(known["id"])]
+    return None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import toys
 from torch import Tensor
 
 from rbkit.tools import verify
-from tests import toys
 
 EPS = 8 / 255
 

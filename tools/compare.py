@@ -149,7 +149,9 @@ def control_failings(records: list[dict[str, Any]]) -> list[str]:
         return ["the cue was not swapped for a standard and a robust model"]
     found = []
     if lost["standard"] < SWAP_LOSS:
-        found.append(f"with a swapped cue the standard model loses {lost['standard']:.3f}, expected {SWAP_LOSS:g} or more")
+        found.append(
+            f"with a swapped cue the standard model loses {lost['standard']:.3f}, expected {SWAP_LOSS:g} or more"
+        )
     if lost["robust"] > SWAP_KEPT:
         found.append(f"with a swapped cue the robust model loses {lost['robust']:.3f}, expected {SWAP_KEPT:g} at most")
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rbkit.tools import alignment, attack, localisation, saliency, selftest
+from rbkit.tools import alignment, attack, faithfulness, localisation, saliency, selftest
 
 
 def failing() -> set[str]:
@@ -26,6 +26,8 @@ def test_nan_does_not_hold() -> None:
         (localisation, "relevance_rank", "relevance-rank-planted"),
         (localisation, "pointing_game", "pointing-planted"),
         (alignment, "etmann_alignment", "etmann-linear"),
+        (faithfulness, "insertion_mean", "insertion-single"),
+        (faithfulness, "deletion_mean", "deletion-single"),
     ],
 )
 def test_a_scaled_metric_fails_its_oracle(monkeypatch, module, name, oracle) -> None:
@@ -52,4 +54,4 @@ def test_a_scaled_attribution_fails_its_oracle(monkeypatch, name, oracle) -> Non
 def test_a_short_attack_fails_both_norms(monkeypatch) -> None:
     true = attack.pgd
     monkeypatch.setattr(attack, "pgd", lambda *, eps, **options: true(eps=0.99 * eps, **options))
-    assert failing() == {"pgd-linf-linear", "pgd-l2-linear"}
+    assert failing() == {"pgd-linf-linear", "pgd-l2-linear", "least-linf-linear", "least-l2-linear"}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from rbkit.tools import alignment, ascend, attack, batch, localisation, saliency
+from rbkit.tools import alignment, ascend, attack, batch, faithfulness, localisation, saliency
 from rbkit.tools.models import Classifier, Evaluation
 
 TOLERANCE = 1e-5
@@ -61,6 +62,53 @@ def _pgd(norm: str) -> float:
     return _largest(made.outcome.images, images + eps * step)
 
 
+def _least(norm: str) -> float:
+    """The least eps at which PGD breaks a linear model: the margin over the dual norm of its gradient."""
+    evaluation, weights = _linear()
+    image = _images()[:1]
+    logits = evaluation.logits(image).double()
+    label = logits.argmax(1)
+    g = (weights[1 - label] - weights[label]).double().flatten()
+    right = float((logits[0, label] - logits[0, 1 - label]) / (g.abs().sum() if norm == "linf" else g.norm()))
+    low, high = 0.0, 1.7 * right
+    for _ in range(24):
+        eps = (low + high) / 2
+        spec = attack.pgd(norm=norm, eps=eps, steps=4, start="clean")
+        ((_, made),) = attack.run(
+            evaluation, spec, ascend.polling([ascend.Batch(torch.arange(1), image, {"label": label})])
+        )
+        low, high = (low, eps) if bool(made.success) else (eps, high)
+    return abs(high - right)
+
+
+def _flipped(*, insert: bool) -> float:
+    """Insertion and deletion where one location alone speaks: the curve jumps when its turn comes, first by the map,
+    later in random order."""
+    weights = torch.zeros(2, *SHAPE)
+    weights[1, :, 2, 3] = 2.0
+    head = nn.Linear(weights[0].numel(), 2, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(weights.flatten(1))
+    evaluation = Evaluation(Classifier(nn.Sequential(nn.Flatten(), head), mean=[0.1] * 3, std=[1.0] * 3), block=32)
+    count, spot = 4, 2 * SHAPE[2] + 3
+    images, maps = torch.full((count, *SHAPE), 0.6), torch.zeros(count, 1, *SHAPE[1:])
+    maps[:, 0, 2, 3] = 1
+    target = torch.ones(count, dtype=torch.int64)
+    rows = batch.Batch(evaluation, torch.arange(count), images, attribution=maps, explained=images, target=target)
+    shown, hidden = torch.sigmoid(torch.tensor([6 * (0.6 - 0.1), 0.0], dtype=torch.float64)).tolist()
+    before, after = (hidden, shown) if insert else (shown, hidden)
+    locations = SHAPE[1] * SHAPE[2]
+    grid = [round(k * locations / (faithfulness.GRID - 1)) for k in range(faithfulness.GRID)]
+
+    def area(turn: int) -> float:
+        curve = [after if turn < flipped else before for flipped in grid]
+        return sum((a + b) / 2 for a, b in itertools.pairwise(curve)) / (len(grid) - 1)
+
+    turns = faithfulness.rank_of(faithfulness.random_order(rows))[:, spot].tolist()
+    measure = faithfulness.insertion_mean if insert else faithfulness.deletion_mean
+    return _largest(measure(rows), torch.tensor([area(0) - area(turn) for turn in turns], dtype=torch.float64))
+
+
 def _integrated_gradients() -> float:
     """a x**2 per entry from black on the quadratic model, and completeness (Sundararajan et al. 2017, Prop. 1)."""
     factors, images = _draw(2, 2, *SHAPE), _images()
@@ -105,6 +153,10 @@ def _planted(measure: Callable[[batch.Batch], Tensor], right: float) -> float:
 ORACLES: dict[str, Callable[[], float]] = {
     "pgd-linf-linear": lambda: _pgd("linf"),
     "pgd-l2-linear": lambda: _pgd("l2"),
+    "least-linf-linear": lambda: _least("linf"),
+    "least-l2-linear": lambda: _least("l2"),
+    "insertion-single": lambda: _flipped(insert=True),
+    "deletion-single": lambda: _flipped(insert=False),
     "ig-quadratic": _integrated_gradients,
     "shap-linear": _shapley,
     "etmann-linear": _etmann,

@@ -158,6 +158,8 @@ def test_a_targeted_attack_is_judged_by_its_targets() -> None:
     good = attacked(model, labelled(model), attack.pgd(norm="l2", eps=EPS, targeted=True))
     assert good.target is not None and fired(model, good) == set()
     assert "few_steps" in fired(model, replace(good, stored=good.clean))
+    other = attacked(model, labelled(model), attack.pgd(norm="l2", eps=EPS)).stored  # broken, but not at the target
+    assert "few_steps" in fired(model, replace(good, stored=other))
 
 
 def test_the_sample_is_that_of_the_ids_in_any_order_and_pieces() -> None:
@@ -217,3 +219,30 @@ def test_the_search_stays_in_the_ball_and_changes_squares() -> None:
         assert torch.equal(change[2:3], flags._square(ids[2:3], delta[:1], 0.3, norm, 0, seed=0))
     last = flags._square(ids, delta, 0.3, "linf", flags.QUERIES - 1, seed=0)
     assert ((last != 0).sum((2, 3)) == 1).all()
+
+
+def test_a_gain_is_told_from_chance_by_the_rows_that_are_lost_too() -> None:
+    """3 rows lost ask for 14 won."""
+    for won, fires in ((13, False), (14, True)):
+        first, second = torch.arange(40) < won, (torch.arange(40) >= 20) & (torch.arange(40) < 23)
+        assert flags._gain("few_steps", ("a", first), ("b", second)).fires is fires
+
+
+def test_without_a_gradient_no_row_falls_to_an_unbounded_attack() -> None:
+    """A start away from the clean image would break most rows by itself."""
+    model = defended(torch.detach)
+    found = {flag.name: flag for flag in flags.flags(model, labelled(model), norm="linf", eps=0.01)}
+    assert found["unbounded"].value == 1.0
+
+
+def test_a_single_row_tells_a_batch_statistic() -> None:
+    model = defended(lambda x: x - 0.1 * x.mean(0))
+    found = {flag.name: flag for flag in flags.flags(model, labelled(model).take(torch.arange(1)), norm="l2", eps=EPS)}
+    assert found["batch_dependent"].fires
+
+
+def test_the_search_climbs() -> None:
+    """It breaks most of what PGD breaks, and far more than the tenth that squares which do not build on each other break."""
+    model = defended()
+    trial = flags._Trial(model, labelled(model), "linf", 0.07, 0)
+    assert trial.default.float().mean() > 0.9 and trial.searched().float().mean() > 0.8

@@ -122,6 +122,17 @@ def test_pointing_game_counts_ties_in_part():
     assert value("pointing_game", batch(maps, mask)) == pytest.approx([1, 0, 1 / 3, 2 / D])
 
 
+def test_cue_mass_counts_both_signs_and_only_the_cue():
+    given = replace(batch(mask=torch.ones_like(MASK)), cue_mask=MASK)
+    size = given.maps.double().abs()
+    expected = [row[m].sum() / row.sum() for row, m in zip(size, MASK.bool(), strict=True)]
+    assert value("cue_mass", given) == pytest.approx([float(e) for e in expected], abs=1e-9)
+    assert all(
+        math.isnan(v) for v in value("cue_mass", replace(given, attribution=torch.zeros_like(given.attribution)))
+    )
+    assert "cue_mass" not in applicable("attributions", batch(mask=MASK))
+
+
 @pytest.mark.parametrize("name", LOCAL)
 def test_empty_and_full_masks_are_left_out(name):
     # Trap M7: an example without a mask is not a miss, nor one that is all mask a hit.

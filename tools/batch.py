@@ -35,6 +35,7 @@ class Batch:
     target: Tensor | None = None
     saliency: Saliency | None = None
     mask: Tensor | None = None
+    cue_mask: Tensor | None = None
     completeness: Tensor | None = None
     inverted: Tensor | None = None
     start: Tensor | None = None

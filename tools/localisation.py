@@ -40,3 +40,11 @@ def pointing_game(batch: Batch) -> Tensor:
     maps = batch.maps.flatten(1)
     highest = maps == maps.amax(1, keepdim=True)
     return defined(valid, (highest & inside).sum(1) / highest.sum(1))
+
+
+def cue_mass(batch: Batch) -> Tensor:
+    """Share of the absolute relevance that lies on a planted cue (rb-data shapes --cue); a gradient there has both signs."""
+    assert batch.cue_mask is not None
+    size = batch.maps.flatten(1).double().abs()
+    total = size.sum(1)
+    return defined(total > 0, (size * (batch.cue_mask.flatten(1) > 0)).sum(1) / total.clamp_min(1e-300))

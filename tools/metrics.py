@@ -70,6 +70,7 @@ METRICS: dict[str, Entry] = {
     "relevance_mass": Entry(localisation.relevance_mass, "attributions", "share", "higher", "Arras et al. 2022", (*_MAP, "mask"), band=True),
     "relevance_rank": Entry(localisation.relevance_rank, "attributions", "share", "higher", "Arras et al. 2022", (*_MAP, "mask"), band=True),
     "pointing_game": Entry(localisation.pointing_game, "attributions", "share", "higher", "Zhang et al. 2018", (*_MAP, "mask"), band=True),
+    "cue_mass": Entry(localisation.cue_mass, "attributions", "share", "lower", "-", (*_MAP, "cue_mask"), band=True),
     "gini": Entry(complexity.gini, "attributions", "index", "higher", "Chalasani et al. 2020", _MAP, band=True),
     "entropy": Entry(complexity.entropy, "attributions", "nats", "lower", "Bhatt et al. 2020", _MAP, band=True),
     "alignment": Entry(alignment.alignment, "attributions", "cosine", "higher", "after Etmann et al. 2019", _MAP, band=True),

@@ -91,7 +91,8 @@ def test_what_flags_cannot_be_told_of(guarded: Path) -> None:
     clean = execute("rb-score", "--flags", "s.safetensors", cwd=guarded)
     assert clean.status == 2 and "rb-attack" in clean.err
     assert flagged(guarded, "adv.safetensors", "--per-example")[0].status == 2
-    part, records = flagged(guarded, "part1.rbs")
+    attack(guarded, "--shard", "1/2", "-o", "half.rbs")
+    part, records = flagged(guarded, "half.rbs")
     assert part.status == 8 and not any(r["complete"] for r in records)
 
 

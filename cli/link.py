@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -245,13 +246,12 @@ def _draw(
         stem = _slug(*(["scatter"] if len(picked) == 1 else ["scatter", row["robustness"]]), row["of"])
         title = f"Pearson {_interval(row)}, partial {_interval(_partial(row))}: {row['verdict']}"
         if points:
-            _write(folder / stem, lambda form, p=points, r=row, t=title: figures.scatter(  # type: ignore[misc]
-                p, across=r["robustness"], up=r["of"], title=t, form=form))  # fmt: skip
+            draw = partial(figures.scatter, points, across=row["robustness"], up=row["of"], title=title)
+            _write(folder / stem, draw)
     for curve in (c for c in curves if "eps" in c):
         known = found.values[subjects[curve["of"]]]
-        points = [(record.get("train_eps") or 0.0, record) for m, record in known.items() if _dosed(found, m, curve)]
-        _write(folder / _slug("dose", curve["norm"], curve["of"]),
-               lambda form, p=points, c=curve: figures.dose_curve(c, p, form=form))  # type: ignore[misc]  # fmt: skip
+        doses = [(record.get("train_eps") or 0.0, record) for m, record in known.items() if _dosed(found, m, curve)]
+        _write(folder / _slug("dose", curve["norm"], curve["of"]), partial(figures.dose_curve, curve, doses))
 
 
 def _partial(row: dict[str, Any]) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def _slug(*parts: str) -> str:
 
 def _write(stem: Path, make: Any) -> None:
     for form in FORMS:
-        _io.write_file(f"{stem}.{form}", make(form))
+        _io.write_file(f"{stem}.{form}", make(form=form))
 
 
 main = program("rb-link", link)

@@ -11,15 +11,16 @@ Sources: Athalye et al. 2018 (arXiv 1802.00420), section 3.1; Carlini et al. 201
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy import stats
 from torch import Tensor
 
 from rbkit.tools import random
-from rbkit.tools.ascend import Batch, Context, Plan, ascend, climb
+from rbkit.tools.ascend import Batch, Objective, Plan, ascend, climb
 from rbkit.tools.attack import TIE, Attack, fgsm, objective, pgd, random_start
 from rbkit.tools.models import Evaluation, in_blocks
 from rbkit.tools.norms import NORMS
@@ -138,7 +139,7 @@ class _Trial:
         self.path = self._path(self.pgd(steps=STEPS).plan())
         self.default = self.path[:, 2].bool().any(1)
 
-    def _goal(self, loss: str, scale: float = 1.0) -> Callable[[Tensor, Context], tuple[Tensor, Tensor]]:
+    def _goal(self, loss: str, scale: float = 1.0) -> Objective:
         def scaled(images: Tensor) -> Tensor:
             # Zero times the images: a network that cannot be differentiated has a gradient of zero, and is found out.
             return self.evaluation(images) * scale + 0 * images.flatten(1).sum(1, keepdim=True)
@@ -152,9 +153,10 @@ class _Trial:
             images, *rows.context.values(), block=self.evaluation.block,
         )  # fmt: skip
 
-    def pgd(self, **options: object) -> Attack:
+    def pgd(self, **options: Any) -> Attack:
         """The default attack, but for `options`."""
-        return pgd(**{"norm": self.norm, "eps": self.eps, "seed": self.seed, "targeted": self.targeted, **options})
+        usual: dict[str, Any] = {"norm": self.norm, "eps": self.eps, "seed": self.seed, "targeted": self.targeted}
+        return pgd(**usual | options)
 
     def fgsm(self) -> Attack:
         """One step."""

@@ -32,6 +32,8 @@ SIZE   ?= 32
 CLEAN  ?= $(or $(CLEAN_$(DATA)),0.5:1)
 GAP    ?= $(or $(GAP_$(DATA)),0.3)
 METHODS ?= gradient ig smoothgrad shap
+# points of the path (ig) and draws (smoothgrad, shap) per map
+POINTS  ?= 16
 # make link: radii (0 is standard training) and seeds of the population; rows that each model is attacked and explained on
 LINK_EPS   ?= 0 0.125 0.25 0.5 1.0
 LINK_SEEDS ?= 0 1 2 3
@@ -92,7 +94,7 @@ FORCE:
 value_data := $(DATA) $(ROOT) $(SIZE) $(SEED)
 value_n := $(N)
 value_ntest := $(NTEST)
-value_nmaps := $(NMAPS)
+value_nmaps := $(NMAPS) $(POINTS)
 value_ninv := $(NINV)
 value_train := $(EPOCHS) $(BATCH) $(LR) $(ARCH) $(SEED) $(AUGMENT)
 value_ball := $(NORM) $(EPS) $(STEPS) $(RAMP)
@@ -146,7 +148,7 @@ $(D)/%.attacked.rbs: $(D)/%.safetensors $(D)/test.safetensors $(K)/attack
 
 define MAPS
 $$(D)/%.$(1).safetensors: $$(D)/%.safetensors $$(D)/maps.safetensors $$(D)/train.safetensors
-	rb-saliency $$(word 2,$$^) -m $$< --method $(1) --steps 24 --samples 24 --seed $$(SEED) \
+	rb-saliency $$(word 2,$$^) -m $$< --method $(1) --steps $(POINTS) --samples $(POINTS) --seed $$(SEED) \
 	    $$(if $$(filter shap,$(1)),--background $$(D)/train.safetensors) -o $$@
 endef
 $(foreach m,$(METHODS),$(eval $(call MAPS,$(m))))
@@ -217,7 +219,7 @@ $(X)/%.jsonl: $(X)/%.safetensors
 	      rb-data shapes --n 1000 --seed $(SEED) --cue $(CUE) --cue-shift $$shift | rb-score -m $< --json --quiet; \
 	  done; \
 	  for method in gradient ig smoothgrad; do \
-	      rb-data shapes --n 200 --seed $(SEED) --cue $(CUE) | rb-saliency -m $< --method $$method --steps 24 --samples 24 --quiet; \
+	      rb-data shapes --n 200 --seed $(SEED) --cue $(CUE) | rb-saliency -m $< --method $$method --steps $(POINTS) --samples $(POINTS) --quiet; \
 	  done | rb-score -m $< --metrics all --json --quiet; } > $@.tmp && mv $@.tmp $@
 
 # ---------------------------------------------------------------------------------------------------- the link
@@ -227,7 +229,7 @@ $(X)/%.jsonl: $(X)/%.safetensors
 L := $(D)/link
 value_link := $(EPOCHS) $(BATCH) $(LR) $(ARCH) $(AUGMENT) $(NORM) $(STEPS) $(RAMP)
 value_linkattack := $(NORM) $(EPSS) $(LINK_NTEST)
-value_linkmaps := $(LINK_NMAPS)
+value_linkmaps := $(LINK_NMAPS) $(POINTS)
 
 $(L)/test.safetensors: $(K)/data $(K)/linkattack | setup
 	@mkdir -p $(@D)
@@ -261,7 +263,7 @@ $(foreach s,$(LINK_SEEDS),\
 $(L)/%.jsonl: $(L)/%.safetensors $(L)/test.safetensors $(L)/maps.safetensors $(K)/linkattack
 	{ rb-attack $(L)/test.safetensors -m $< --norm $(NORM) $(foreach e,$(EPSS),--eps $(e)) --quiet | rb-score -m $< --json --quiet; \
 	  for method in $(LINK_METHODS); do \
-	      rb-saliency $(L)/maps.safetensors -m $< --method $$method --steps 24 --samples 24 --quiet; \
+	      rb-saliency $(L)/maps.safetensors -m $< --method $$method --steps $(POINTS) --samples $(POINTS) --quiet; \
 	  done | rb-score -m $< --metrics all --json --quiet; } > $@.tmp && mv $@.tmp $@
 
 LINK_MAIN := $(foreach e,$(LINK_EPS),$(foreach s,$(LINK_SEEDS),$(L)/eps$(e)-$(s).jsonl))

@@ -13,6 +13,7 @@ NTEST  ?= 1000
 NMAPS  ?= 200
 NINV   ?= 64
 EPOCHS ?= 8
+JUDGE_EPOCHS ?= 5
 BATCH  ?= 32
 LR     ?= 0.1
 ARCH   ?= resnet8
@@ -68,6 +69,8 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # One thread count for every run, so that make -j1 and make -j2 give equal bytes.
 export RB_THREADS ?= $(shell nproc)
+# Under -j, threads that wait must sleep: two runs of two threads that spin take twenty times as long.
+export GOMP_SPINCOUNT = $(if $(findstring jobserver,$(MAKEFLAGS)),0,300000)
 
 .PHONY: help setup study test lint man cases bench clean FORCE
 
@@ -99,6 +102,7 @@ value_ninv := $(NINV)
 value_train := $(EPOCHS) $(BATCH) $(LR) $(ARCH) $(SEED) $(AUGMENT)
 value_ball := $(NORM) $(EPS) $(STEPS) $(RAMP)
 value_attack := $(NORM) $(EPSS)
+value_judge := $(JUDGE_EPOCHS)
 value_bounds := $(CLEAN) $(GAP)
 
 K := $(D)/.knobs
@@ -134,10 +138,10 @@ $(D)/standard.safetensors: $(D)/train.safetensors $(K)/train
 $(D)/robust.safetensors: $(D)/train.safetensors $(K)/train $(K)/ball
 	$(FRESH)
 	$(TRAIN) --seed $(SEED) $(ROBUST) && touch $@
-# A third model, of another seed, judges the images that the two make.
-$(D)/judge.safetensors: $(D)/train.safetensors $(K)/train
+# A third model, of another seed and trained for less long, judges the images that the two make.
+$(D)/judge.safetensors: $(D)/train.safetensors $(K)/train $(K)/judge
 	$(FRESH)
-	$(TRAIN) --seed $$(( $(SEED) + 1000 )) && touch $@
+	$(TRAIN) --epochs $(JUDGE_EPOCHS) --seed $$(( $(SEED) + 1000 )) && touch $@
 
 # ---------------------------------------------------------------------------------------------------- artefacts
 

@@ -420,7 +420,7 @@ def _write(
         job.remove()
 
 
-main = program("rb-train", train)
+main = program("rb-train", train, alone=True)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -182,7 +182,7 @@ def test_the_environment_is_what_the_code_reads() -> None:
     assert read == {"RB_THREADS", "RB_DEBUG", "TERM"}
     listed = {word for head in terms(section("rbkit.7", "ENVIRONMENT")) for word in head.split(", ")}
     # Besides these, what Python and rich honour by themselves.
-    assert listed == read | {"NO_COLOR", "COLUMNS", "TMPDIR", "PYTHONPATH"}
+    assert listed == read | {"NO_COLOR", "COLUMNS", "TMPDIR", "PYTHONPATH", "OMP_WAIT_POLICY"}
 
 
 def test_every_command_is_introduced() -> None:

@@ -163,7 +163,7 @@ def _pair_sections(study: _Study, title: str, bounds: dict[str, Any], folder: st
     reasons = study.failings(bounds)
     if reasons:
         parts.append(html.paragraph("This study decides nothing: " + "; ".join(reasons) + ".", kind="answer alarm"))
-    return parts + _accuracy_section(study, folder) + _map_section(study, folder)
+    return parts + _accuracy_section(study, folder) + _flag_section(study) + _map_section(study, folder)
 
 
 def _share(record: dict[str, Any] | None) -> str:
@@ -222,6 +222,24 @@ def _accuracy_section(study: _Study, folder: str | None) -> list[str]:
     parts += _figure(lambda form: figures.training_curves([m for _, m in study.models], form=form), "training", folder,
                      "Validation accuracy during training.", f"rb-view {names} -o training.png")  # fmt: skip
     return [*parts, "</div>"]
+
+
+def _flag_section(study: _Study) -> list[str]:
+    """Signs of gradient masking and of failed attacks, where rb-score --flags looked for them; those that fire first."""
+    from rbkit.formats import figures, html
+
+    found = sorted((r for r in study.records if "flag" in r), key=lambda r: not r["fires"])
+    if not found:
+        return []
+    fired = sum(bool(r["fires"]) for r in found)
+    rows = [
+        [figures.model_name(r), r["flag"].replace("_", " "), f"{r['norm']} {r['eps']:g}", _number(r), f"{r['limit']:g}",
+         "undecided" if r["fires"] is None else "fires" if r["fires"] else "quiet", r.get("detail") or ""]
+        for r in found
+    ]  # fmt: skip
+    said = f"{fired} of {len(found)} checks fire." if fired else f"None of {len(found)} checks fires."
+    heads = ["model", "flag", "attack", "value", "limit", "", "found"]
+    return [html.heading("Red flags"), html.paragraph(said), html.table(heads, rows)]
 
 
 def _unique(rows: list[list[str]]) -> list[list[str]]:

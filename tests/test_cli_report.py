@@ -81,3 +81,16 @@ def test_the_control_is_told_only_where_the_swap_proves_it(tmp_path: Path) -> No
 def test_only_records_make_a_report(tmp_path: Path) -> None:
     result = execute("rb-report", write(tmp_path / "control.jsonl", control(lost=0.5)), "-o", tmp_path / "r.html")
     assert result.status == 3 and result.err.count("\n") == 1 and not (tmp_path / "r.html").exists()
+
+
+def test_flags_are_told_with_what_fires_first(tmp_path: Path) -> None:
+    about = {"kind": "adversarial", "attack": "pgd", "norm": "l2", "eps": 0.5}
+    flags = [
+        record(0, f"flag:{name}", 0.2, limit=0.1, flag=name, fires=fires, detail=f"about {name}", **about)
+        for name, fires in (("noise", False), ("one_step", True), ("restarts", None))
+    ]
+    source = write(tmp_path / "scores.jsonl", [record(0, "robust_accuracy", 0.2, **about), *flags])
+    assert execute("rb-report", source, "-o", tmp_path / "r.html").status == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "1 of 3 checks fire" in text and "undecided" in text
+    assert text.index("about one_step") < text.index("about noise")

@@ -115,6 +115,9 @@ def _arguments() -> list[str]:
 def _other(name: str, error: Exception) -> int:
     if type(error).__name__ in ("OutOfMemoryError",) or "not enough memory" in str(error):
         return _report(name, RuntimeError("out of memory on the device; try a smaller --block"), 6)
+    if isinstance(error, RuntimeError) and "does not require grad" in str(error):
+        text = "the model's output has no gradient by its input (detached, or rounded on the way); try rb-score --flags"
+        return _report(name, RuntimeError(text), 3, error)
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):
         hint = f"; try '{name} --help'" if error.exit_code == 2 else ""
         text = error.format_message().rstrip(".") + hint

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import execute
 from safetensors import numpy as st
 
@@ -39,3 +40,33 @@ def test_fgsm_targeted(tmp_path: Path, stream_file: Path, model_file: Path) -> N
     moved = np.abs(rows["adversarial"] - rows["image"].astype(np.float32) / np.float32(255)).max()
     assert 0 < moved <= 8 / 255 + 1e-6
     assert "attack_target" in rows
+
+
+FLAT = """
+from torch import nn
+
+
+class Flat(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.fc = nn.Linear(3 * 32 * 32, classes)
+
+    def forward(self, x):
+        return self.fc(x.detach().flatten(1))
+
+
+def factory(num_classes):
+    return Flat(num_classes)
+"""
+
+
+@pytest.mark.parametrize("command", ["rb-attack", "rb-saliency", "rb-invert"])
+def test_a_model_without_gradients_is_told(command: str, tmp_path: Path, stream_file: Path, train_file: Path) -> None:
+    """Detached on the way: a fault of the model, status 3, and nothing left behind."""
+    (tmp_path / "flat.py").write_text(FLAT)
+    model, out = tmp_path / "m.safetensors", tmp_path / "out.safetensors"
+    argv = ("rb-train", train_file, "--arch", "flat:factory", "--epochs", 0, "-q", "-o", model)
+    assert execute(*argv, cwd=tmp_path).status == 0
+    result = execute(command, stream_file, "-m", model, "--arch", "flat:factory", "-q", "-o", out, cwd=tmp_path)
+    assert result.status == 3 and "no gradient by its input" in result.err and result.err.count("\n") == 1, result.err
+    assert not out.exists()

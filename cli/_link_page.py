@@ -59,7 +59,7 @@ def sections(records: list[dict[str, Any]]) -> list[str]:
     rows = [_verdict_row(r, records) for r in records if r["kind"] == "verdict"]
     parts += [html.table(heads, rows), html.paragraph(
         "Partial: clean accuracy held fixed. Other populations: with the controls, and with all controls but one, where "
-        "these would say something else. Shape of the bootstrap: training runs are drawn, not images."
+        "these would say something else. The cluster bootstrap draws training runs, not images."
     )]  # fmt: skip
     curves = [r for r in records if r["kind"] == "dose_response"]
     if curves:

@@ -381,7 +381,7 @@ def full_batch():
     explained = explain(EVALUATION, X, TARGET, spec, ids=IDS, background=background)
     return Batch(
         EVALUATION, IDS, X, label=TARGET, adversarial=toys.images(seed=3), norm="l2", eps=0.5, attack_target=TARGET,
-        attribution=explained.attribution, explained=X, target=TARGET, saliency=spec, mask=MASK,
+        attribution=explained.attribution, explained=X, target=TARGET, saliency=spec, mask=MASK, cue_mask=MASK,
         completeness=explained.completeness_error, inverted=toys.images(seed=4), fit=torch.zeros(toys.N),
         background=background, judge=toys.evaluation(toys.linear()),
     )  # fmt: skip

@@ -445,7 +445,7 @@ def test_reference_maps_are_what_their_names_say():
 
 
 def test_chance_values_are_those_of_the_reference_maps_and_know_no_method():
-    given = batch(mask=MASK)
+    given = batch(mask=MASK, cue_mask=MASK)
     found = chance(given, BANDED)
     assert set(found) == {f"{n}@{r}" for n in BANDED for r in ("random", "edges", "magnitude", "centre", "oracle")}
     for name in ("gini", "relevance_mass", "deletion"):
@@ -453,7 +453,7 @@ def test_chance_values_are_those_of_the_reference_maps_and_know_no_method():
         assert found[f"{name}@edges"].tolist() == pytest.approx(value(name, edges), abs=1e-6)
     for name in LOCAL:
         assert found[f"{name}@oracle"].tolist() == [1.0] * toys.N
-    other = chance(batch(-MAPS * 2, MASK, signed=False), BANDED)
+    other = chance(batch(-MAPS * 2, MASK, signed=False, cue_mask=MASK), BANDED)
     assert all(torch.equal(other[name], found[name]) for name in found)
 
 

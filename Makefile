@@ -69,8 +69,6 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # One thread count for every run, so that make -j1 and make -j2 give equal bytes.
 export RB_THREADS ?= $(shell nproc)
-# Under -j, threads that wait must sleep: two runs of two threads that spin take twenty times as long.
-export GOMP_SPINCOUNT = $(if $(findstring jobserver,$(MAKEFLAGS)),0,300000)
 
 .PHONY: help setup study test lint man cases bench clean FORCE
 
@@ -207,7 +205,7 @@ CUE       ?= 0.5
 CUE_SHIFT ?= 3
 cue_ball  := --norm l2 --eps $(shell awk 'BEGIN { print 2 * $(CUE) }') --steps $(STEPS) --eps-ramp $(RAMP)
 
-value_control := $(CUE) $(CUE_SHIFT) $(SEED) $(STEPS) $(RAMP)
+value_control := $(CUE) $(CUE_SHIFT) $(SEED) $(STEPS) $(RAMP) $(POINTS)
 
 .PHONY: control
 control: $(X)/standard.jsonl $(X)/robust.jsonl  ## the positive control: images whose explanation is known
@@ -228,7 +226,8 @@ $(X)/%.jsonl: $(X)/%.safetensors
 	  done; \
 	  for method in gradient ig smoothgrad; do \
 	      rb-data shapes --n 200 --seed $(SEED) --cue $(CUE) | rb-saliency -m $< --method $$method --steps $(POINTS) --samples $(POINTS) --quiet; \
-	  done | rb-score -m $< --metrics all --json --quiet; } > $@.tmp && mv $@.tmp $@
+	  done | rb-score -m $< --metrics all --json --quiet; } > $@.tmp
+	mv $@.tmp $@
 
 # ---------------------------------------------------------------------------------------------------- the link
 # A population of models, trained at LINK_EPS with LINK_SEEDS, and controls of the same seeds: do they become more
@@ -267,12 +266,14 @@ $(foreach s,$(LINK_SEEDS),\
     $(foreach c,$(CONTROLS),$(eval $(call LINK_MODEL,$(c),$(s),$(control_$(c)),\
         $(if $(filter shuffled,$(c)),$(L)/shuffled-labels.safetensors,$(D)/train.safetensors)))))
 
-# Attacked images and maps flow through pipes: what is kept of a model are its records.
+# Attacked images and maps flow through pipes: what is kept of a model are its records. The braces stand in a line of their
+# own: before && bash would not stop at a command that fails in them.
 $(L)/%.jsonl: $(L)/%.safetensors $(L)/test.safetensors $(L)/maps.safetensors $(K)/linkattack
 	{ rb-attack $(L)/test.safetensors -m $< --norm $(NORM) $(foreach e,$(EPSS),--eps $(e)) --quiet | rb-score -m $< --json --quiet; \
 	  for method in $(LINK_METHODS); do \
 	      rb-saliency $(L)/maps.safetensors -m $< --method $$method --steps $(POINTS) --samples $(POINTS) --quiet; \
-	  done | rb-score -m $< --metrics all --json --quiet; } > $@.tmp && mv $@.tmp $@
+	  done | rb-score -m $< --metrics all --json --quiet; } > $@.tmp
+	mv $@.tmp $@
 
 LINK_MAIN := $(foreach e,$(LINK_EPS),$(foreach s,$(LINK_SEEDS),$(L)/eps$(e)-$(s).jsonl))
 LINK_CONTROLS := $(foreach c,$(CONTROLS),$(foreach s,$(LINK_SEEDS),$(L)/$(c)-$(s).jsonl))

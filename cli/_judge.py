@@ -112,9 +112,7 @@ class Judge:
         if not names and not features:
             raise Input(f"{chunk.place}: nothing to score (no labels?); try rb-data --label, or --per-example")
         if chunk.count:
-            about = _about(chunk, model, batch)
-            if chunk.meta["kind"] == "inversions" and batch.judge is not None:
-                about["judge"] = self.referee_sha
+            about = _about(chunk, model, batch, self.referee_sha)
             self._pool(chunk, about, columns, features)
             if self.flags is not None:
                 self.flags.add(batch, about)
@@ -219,8 +217,8 @@ def _batch(chunk: Chunk, evaluation: Any, run: Judge) -> Batch:
     )  # fmt: skip
 
 
-def _about(chunk: Chunk, model: Model, batch: Batch) -> dict[str, Any]:
-    """What a record is of: the model, and the attack, method or inversion with all parameters."""
+def _about(chunk: Chunk, model: Model, batch: Batch, judge: str | None) -> dict[str, Any]:
+    """What a record is of: the model, and the attack, method or inversion with all parameters, and who judged it."""
     recipe = model.meta.get("recipe") or {}
     about: dict[str, Any] = {
         "kind": chunk.meta["kind"], "model_sha": model.sha, "arch": model.meta.get("arch"), "train_method": recipe.get("method"),
@@ -242,6 +240,8 @@ def _about(chunk: Chunk, model: Model, batch: Batch) -> dict[str, Any]:
         about["label"] = "predicted"
     if "saliency" in chunk.meta:
         about |= {"method": chunk.meta["saliency"].get("method"), "reduce": "signed" if batch.signed else "abs"}
+    if chunk.meta["kind"] == "inversions" and judge is not None:
+        about["judge"] = judge
     if "inversion" in chunk.meta:
         about["mode"] = chunk.meta["inversion"].get("mode")
     return about

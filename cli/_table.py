@@ -1,8 +1,24 @@
-"""Records as a table for people."""
+"""Records on standard output: a table for people, JSON lines for programs."""
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable
 from typing import Any
+
+from rbkit.cli import _io
+
+
+def put(
+    records: list[dict[str, Any]], *, json_: bool, table: Callable[[list[dict[str, Any]]], None] | None = None
+) -> None:
+    """Print records: JSON lines in a pipe or where asked for, else by `table` (default: `show`)."""
+    if json_ or not sys.stdout.isatty():
+        lines = (json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n" for record in records)
+        _io.write_stdout("".join(lines).encode())
+        return
+    (table or show)(records)
 
 
 def show(records: list[dict[str, Any]]) -> None:

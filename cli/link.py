@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _io
+from rbkit.cli import _io, _table
 from rbkit.cli._app import note, program
 from rbkit.cli._errors import Input, Output, Usage, blame
 from rbkit.cli._options import Json, Quiet, Seed
@@ -88,11 +87,7 @@ def link(
     curves = dose_responses(found, [*picked, *(t for t in targets if t not in picked)], seed=seed)
     if figures is not None:
         _draw(found, picked, rows, curves, Path(figures))
-    if json_ or not sys.stdout.isatty():
-        lines = (json.dumps(r, separators=(",", ":"), allow_nan=False) + "\n" for r in rows + curves)
-        _io.write_stdout("".join(lines).encode())
-        return
-    _show(rows, curves)
+    _table.put(rows + curves, json_=json_, table=lambda _: _show(rows, curves))
 
 
 # ------------------------------------------------------------------------------------------------------ reading

@@ -280,7 +280,7 @@ def _map_section(study: _Study, folder: str | None) -> list[str]:
     rows = []
     for row in interpretability(paired(study.records)):
         robust, standard = row["robust"], row["standard"]
-        chance = (robust.get("band") or {}).get("random")
+        chance = (robust.get("band") or {}).get("random", robust.get("floor"))
         arrow = "higher" if robust["better"] == "higher" else "lower"
         rows.append([
             row["metric"].replace("_", " "), str(robust.get("method") or robust.get("mode")), _number(standard), _number(robust),
@@ -290,7 +290,8 @@ def _map_section(study: _Study, folder: str | None) -> list[str]:
     parts = [html.heading("Interpretability"), html.table(heads, rows, marked=7)]
     parts.append(
         html.paragraph(
-            "Chance is a random map on the same images. A verdict is given only where the two intervals do not touch."
+            "Chance is a random map on the same images, and for the Frechet distance the images begun with. A verdict is given "
+            "only where the two intervals do not touch."
         )
     )
     files = " ".join(study.files)

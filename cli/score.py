@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Annotated, Any
 
 import typer
 
-from rbkit.cli import _flags, _gates, _history, _io, _values
+from rbkit.cli import _flags, _gates, _history, _io, _table, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import load_model, set_up
 from rbkit.cli._errors import Input, Numbers, Usage
@@ -143,21 +142,19 @@ def _metric_names(text: str) -> list[str]:
 def _finish(run: Judge, gates: list[_gates.Gate], options: dict[str, Any]) -> None:
     """Print, keep, and judge the gates."""
     if options["per_example"]:
-        _print(run.lines, options["json_"])
+        _table.put(run.lines, json_=options["json_"])
         return
-    records = run.pools.records()
+    records = _records(run, options)
     if not records:
         raise Input("no rows to score")
-    if options["paired"]:
-        records += _differences(run)
     if options["output"] is not None:
         _keep(run, options)
     flagged: list[dict[str, Any]] = [] if run.flags is None else run.flags.records(run.pools)
-    _print(records + flagged, options["json_"])
+    _table.put(records + flagged, json_=options["json_"])
     _flags.refuse_fired(flagged)
     left = [r for r in records if r["metric"] == "ball_violation" and r["value"]]
     if gates:
-        _gates.judge(gates, run.pools.records(confidence=_gates.CONFIDENCE))
+        _gates.judge(gates, _records(run, options, confidence=_gates.CONFIDENCE))
     if left:
         worst = max(left, key=lambda r: r["value"])
         raise Numbers(
@@ -166,14 +163,17 @@ def _finish(run: Judge, gates: list[_gates.Gate], options: dict[str, Any]) -> No
     _flags.refuse_undecided(flagged)
 
 
-def _differences(run: Judge) -> list[dict[str, Any]]:
-    """Records of pairs of models. Raises: Usage where no two models met the same question."""
-    from rbkit.tools.paired import differences
+def _records(run: Judge, options: dict[str, Any], *, confidence: float = 0.95) -> list[dict[str, Any]]:
+    """Records of all pools, and of pairs of models. Raises: Usage where no two models met the same question."""
+    records = run.pools.records(confidence=confidence)
+    if records and options["paired"]:
+        from rbkit.tools.paired import differences
 
-    found = differences(run.pools)
-    if not found:
-        raise Usage("--paired: no two models here were judged on the same images; repeat -m, or give both streams")
-    return found
+        found = differences(run.pools, confidence=confidence)
+        if not found:
+            raise Usage("--paired: no two models here were judged on the same images; repeat -m, or give both streams")
+        records += found
+    return records
 
 
 def _keep(run: Judge, options: dict[str, Any]) -> None:
@@ -195,16 +195,6 @@ def _keep(run: Judge, options: dict[str, Any]) -> None:
             arrays = {"id": ids.numpy(), **{PREFIX + name: values.numpy() for name, values in columns.items()}}
             arrays |= {FEATURES + name: values.numpy() for name, values in pool.joined_features().items()}
             sink.write(arrays, meta, last=True)
-
-
-def _print(records: list[dict[str, Any]], json_: bool) -> None:
-    if json_ or not sys.stdout.isatty():
-        lines = (json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n" for record in records)
-        _io.write_stdout("".join(lines).encode())
-        return
-    from rbkit.cli._table import show
-
-    show(records)
 
 
 main = program("rb-score", score)

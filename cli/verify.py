@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _history, _io, _values
+from rbkit.cli import _history, _io, _table, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import Model, load_model, set_up, to_tensor
 from rbkit.cli._errors import CheckFailed, Input, Usage, blame
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 
     from rbkit.formats.stream import Chunk
     from rbkit.tools.verify import Check, Clean, Recheck
-
-FLOATS = ("uint8", "float16", "float32", "float64")
 
 
 def verify(
@@ -86,6 +83,7 @@ def verify(
         raise Usage("no model: give the attacked one with -m")
     if norm is not None:
         _values.choice(norm, ("l2", "linf"), option="--norm")
+    options["eps"] = None if eps is None else _values.number(eps, option="--eps")
     place = set_up(device, threads)
     subject = load_model(model, archs=arch, device=place)
     counterpart = None if clean is None else _counterpart(clean, subject, place, max_document)
@@ -143,8 +141,7 @@ class _Run:
         norm, eps = (self.options[key] if said[key] is None else said[key] for key in ("norm", "eps"))
         if norm is None or eps is None:
             raise Usage(f"{chunk.place}: the stream does not say its norm and eps; try --norm l2 --eps 0.5")
-        radius = _values.number(eps, option="--eps") if isinstance(eps, str) else eps
-        return Recheck(self.evaluation, classes=self.subject.classes, norm=norm, eps=radius, clean=self.clean)
+        return Recheck(self.evaluation, classes=self.subject.classes, norm=norm, eps=eps, clean=self.clean)
 
     def _said(self, chunk: Chunk) -> dict[str, Any]:
         """Norm and eps as the stream gives them; None where it does not, or gives what is none."""
@@ -159,13 +156,14 @@ class _Run:
         """The rows as tensors, whatever their values are. Raises: Input for what cannot be computed with."""
         import numpy as np
 
+        from rbkit.formats.rows import IMAGE_DTYPES
         from rbkit.tools.train import as_float
         from rbkit.tools.verify import Rows
 
         arrays = chunk.arrays
         check_input(self.subject, arrays["image"].shape[1:], place=chunk.place)
         for name in ("image", "adversarial"):
-            if arrays[name].dtype.name not in FLOATS or arrays[name].shape != arrays["image"].shape:
+            if arrays[name].dtype.name not in IMAGE_DTYPES or arrays[name].shape != arrays["image"].shape:
                 raise Input(
                     f"{chunk.place}: {name} is {arrays[name].dtype} {list(arrays[name].shape)}, expected float32 like image"
                 )
@@ -207,8 +205,8 @@ class _Run:
         norm, eps = self.options["norm"], self.options["eps"]
         if norm is not None and said["norm"] not in (None, norm):
             return f"the stream says norm {said['norm']}, --norm {norm}"
-        if eps is not None and said["eps"] not in (None, _values.number(eps, option="--eps")):
-            return f"the stream says eps {said['eps']:g}, --eps {eps}"
+        if eps is not None and said["eps"] not in (None, eps):
+            return f"the stream says eps {said['eps']:g}, --eps {eps:g}"
         return None
 
     def _complete(self, chunk: Chunk, recheck: Recheck) -> dict[str, Any]:
@@ -247,13 +245,7 @@ def _selftest() -> list[dict[str, Any]]:
 
 
 def _finish(records: list[dict[str, Any]], json_: bool) -> None:
-    if json_ or not sys.stdout.isatty():
-        lines = (json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n" for record in records)
-        _io.write_stdout("".join(lines).encode())
-    else:
-        from rbkit.cli._table import show
-
-        show(records)
+    _table.put(records, json_=json_)
     failed = [r for r in records if not r["holds"]]
     if failed:
         raise CheckFailed(

@@ -50,5 +50,10 @@ def test_paired_models(stream_file: Path, model_file: Path, tmp_path: Path, trai
     first, second, gap = found
     assert [r["metric"] for r in found] == ["clean_accuracy", "clean_accuracy", "clean_accuracy_difference"]
     assert gap["value"] == pytest.approx(second["value"] - first["value"]) and gap["against"] == first["model_sha"]
+    for gate, status in (("clean_accuracy_difference >= -1", 0), ("clean_accuracy_difference >= 1.5", 8)):
+        assert (
+            execute("rb-score", stream_file, "-m", model_file, "-m", other, "--paired", "--expect", gate).status
+            == status
+        )
     alone = execute("rb-score", stream_file, "-m", model_file, "--paired")
     assert alone.status == 2 and alone.err.count("\n") == 1

@@ -23,8 +23,7 @@ from rbkit.tools.saliency import Saliency, explain
 torch.set_num_threads(1)
 D = toys.H * toys.W
 X = toys.images()
-IDS = torch.tensor([3, 2**40, 0, 17, 9, 1, 250])
-TARGET = torch.tensor([0, 3, 1, 2, 2, 0, 1])
+IDS, TARGET = toys.IDS, toys.TARGET
 NET = toys.convnet()
 EVALUATION = toys.evaluation(NET)
 REMOVAL = ("infidelity", "infidelity_scaled", "sensitivity_n", "road_morf", "road_lerf")

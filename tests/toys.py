@@ -11,6 +11,10 @@ from rbkit.tools.models import Classifier, Evaluation
 N, C, H, W, K = 7, 3, 5, 6, 4  # pairwise different, so that a swapped axis cannot pass
 
 
+IDS = torch.tensor([3, 2**40, 0, 17, 9, 1, 250])  # of N rows: unsorted, far apart
+TARGET = torch.tensor([0, 3, 1, 2, 2, 0, 1])
+
+
 def generator(seed: int) -> torch.Generator:
     """A generator of its own: the global one is never used."""
     return torch.Generator().manual_seed(seed)

@@ -35,7 +35,7 @@ def differences(pools: Pools, *, confidence: float = 0.95) -> list[dict[str, Any
     """A record per metric and pair of models: second minus first, over the images that both have a value for.
 
     The interval is a bootstrap of the paired differences. p is McNemar's exact test for shares, else Wilcoxon's
-    signed-rank test; null where no example differs.
+    signed-rank test, which is null where no example differs.
     """
     questions: dict[str, list[Pool]] = {}
     for pool in pools.pools.values():

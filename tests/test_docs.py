@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def commands(lines: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every file that the examples name."""
     here = tmp_path_factory.mktemp("docs")
     setup = """
@@ -79,6 +80,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.save({"state_dict": build("resnet8", num_classes=8).state_dict()}, here / "weights.pt")
     return here
+
+
+@pytest.fixture
+def place(stock: Path, tmp_path: Path) -> Path:
+    """A copy of its own for every page: one page's rb-train must not replace the model that another's attack is of."""
+    return shutil.copytree(stock, tmp_path / "place")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -39,7 +39,7 @@ POINTS  ?= 16
 LINK_EPS   ?= 0 0.125 0.25 0.5 1.0
 LINK_SEEDS ?= 0 1 2 3
 LINK_NTEST ?= 500
-LINK_NMAPS ?= 200
+LINK_NMAPS ?= 100
 LINK_METHODS ?= gradient ig
 # controls: smooth by noise or a gradient penalty, labels at random, fresh weights, a standard model stopped early
 CONTROLS   ?= noise penalty shuffled untrained early
@@ -299,9 +299,10 @@ link-plan:  ## what make link would cost
 	@awk "$$LINK_PLAN"
 
 $(L)/link.jsonl: $(LINK_MAIN) $(LINK_CONTROLS)
+	rm -rf $(L)/figures
 	rb-link $(LINK_MAIN) $(foreach f,$(LINK_CONTROLS),--controls $(f)) --figures $(L)/figures/ --json --quiet > $@.tmp && mv $@.tmp $@
 $(L)/report.html: $(L)/link.jsonl $(LINK_PROOF)
-	rb-report $^ --title 'the link on $(DATA)' -o $@
+	rb-report $^ $(L)/figures/*.svg --title 'the link on $(DATA)' -o $@
 
 # ---------------------------------------------------------------------------------------------------- tests
 

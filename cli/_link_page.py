@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from rbkit.cli._errors import Input, blame
 
 KINDS = ("verdict", "correlation", "dose_response")
 VERDICTS = ("rises", "does not rise", "only because accuracy falls", "open")
@@ -40,11 +43,11 @@ def answer(records: list[dict[str, Any]]) -> str:
     )
 
 
-def sections(records: list[dict[str, Any]]) -> list[str]:
-    """Verdicts with their correlations, and the radius of training at which half of the effect is reached."""
+def sections(records: list[dict[str, Any]], drawn: list[str]) -> list[str]:
+    """Verdicts with their correlations, the radius of training at which half of the effect is reached, and figures."""
     from rbkit.formats import html
 
-    parts = [html.heading("Robustness and interpretability over a population")]
+    parts = [html.heading("Robustness and interpretability over a population"), *_overview(records)]
     heads = [
         "metric",
         "models",
@@ -67,7 +70,33 @@ def sections(records: list[dict[str, Any]]) -> list[str]:
             ["metric", "norm", "models", "half-effect radius (95 %)", "change over all radii (95 %)", "moves"],
             [_curve_row(r) for r in curves],
         )]  # fmt: skip
-    return parts
+    return parts + _figures(drawn)
+
+
+def _overview(records: list[dict[str, Any]]) -> list[str]:
+    """All correlations at a glance."""
+    from rbkit.formats import figures, html
+
+    verdicts = [r for r in records if r["kind"] == "verdict"]
+    try:
+        raw = figures.correlations([r for r in verdicts if r["robustness"] == verdicts[0]["robustness"]], form="svg")
+    except ValueError:
+        return []
+    return [html.picture(raw, caption="How each metric, turned so that higher is better, goes with robustness.")]
+
+
+def _figures(names: list[str]) -> list[str]:
+    """The figures that rb-link drew, two beside each other, with the command that each of them names."""
+    from rbkit.formats import figures, html
+
+    parts = [html.heading("Figures"), '<div class="pair">'] if names else []
+    for name in names:
+        with blame(Input, OSError, ValueError, prefix=f"{name}: "):
+            raw = Path(name).read_bytes()
+            command = figures.command_of(raw)
+        caption = Path(name).stem.replace("-", " ").replace("_", " ")
+        parts.append(html.picture(raw, caption=caption, command=command))
+    return [*parts, "</div>"] if names else []
 
 
 def _between(value: float | None, low: float | None, high: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,7 @@ def link(
     rows = analyse(found, picked, seed=seed)
     curves = dose_responses(found, [*picked, *(t for t in targets if t not in picked)], seed=seed)
     if figures is not None:
-        _draw(found, picked, rows, curves, Path(figures))
+        _draw(found, picked, rows, curves, Path(figures), command=_command(sources, controls, robustness))
     _table.put(rows + curves, json_=json_, table=lambda _: _show(rows, curves))
 
 
@@ -227,8 +228,22 @@ def _said(record: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------ drawing
 
 
+def _command(sources: list[str] | None, controls: list[str] | None, robustness: list[str] | None) -> str:
+    """What remakes the figures, for a shell; wherever they are put, their bytes are the same."""
+    options = [("--controls", c) for c in controls or []] + [("--robustness", r) for r in robustness or []]
+    return shlex.join(
+        ["rb-link", *(sources or ["-"]), *(word for pair in options for word in pair), "--figures", "figures/"]
+    )
+
+
 def _draw(
-    found: Population, picked: list[Subject], rows: list[dict[str, Any]], curves: list[dict[str, Any]], folder: Path
+    found: Population,
+    picked: list[Subject],
+    rows: list[dict[str, Any]],
+    curves: list[dict[str, Any]],
+    folder: Path,
+    *,
+    command: str,
 ) -> None:
     from rbkit.formats import figures
 
@@ -242,11 +257,11 @@ def _draw(
         title = f"Pearson {_interval(row)}, partial {_interval(_partial(row))}: {row['verdict']}"
         if points:
             draw = partial(figures.scatter, points, across=row["robustness"], up=row["of"], title=title)
-            _write(folder / stem, draw)
+            _write(folder / stem, draw, command)
     for curve in (c for c in curves if "eps" in c):
         known = found.values[subjects[curve["of"]]]
         doses = [(record.get("train_eps") or 0.0, record) for m, record in known.items() if _dosed(found, m, curve)]
-        _write(folder / _slug("dose", curve["norm"], curve["of"]), partial(figures.dose_curve, curve, doses))
+        _write(folder / _slug("dose", curve["norm"], curve["of"]), partial(figures.dose_curve, curve, doses), command)
 
 
 def _partial(row: dict[str, Any]) -> dict[str, Any]:
@@ -266,9 +281,9 @@ def _slug(*parts: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)).strip("-")
 
 
-def _write(stem: Path, make: Any) -> None:
+def _write(stem: Path, make: Any, command: str) -> None:
     for form in FORMS:
-        _io.write_file(f"{stem}.{form}", make(form=form))
+        _io.write_file(f"{stem}.{form}", make(form=form, command=command))
 
 
 main = program("rb-link", link)

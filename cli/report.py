@@ -40,7 +40,8 @@ def report(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE...", help="Records (.jsonl of rb-score and rb-link), models, and sheets (.png of rb-view)."
+            metavar="FILE...",
+            help="Records (.jsonl of rb-score and rb-link), models, sheets (.png of rb-view), figures (.svg of rb-link).",
         ),
     ],
     title: Annotated[str, typer.Option("--title", metavar="TEXT", help="What the study is of.")] = "study",
@@ -97,10 +98,13 @@ class _Study:
         self.files: list[str] = []
         self.models: list[tuple[str, dict[str, Any]]] = []
         self.sheets: list[str] = []
+        self.drawn: list[str] = []  # figures of rb-link
         self.eps = 0.0
         for name in sources:
             if name.endswith(".png"):
                 self.sheets.append(name)
+            elif name.endswith(".svg"):
+                self.drawn.append(name)
             elif name.endswith((".jsonl", ".json")):
                 self._read(name)
             else:
@@ -147,7 +151,7 @@ def _page(study: _Study, title: str, bounds: dict[str, Any], folder: str | None)
         parts += [
             html.paragraph(f"{title}: a population of models; every interval is 95 %.", kind="sub"),
             html.paragraph(_link_page.answer(study.link), kind="answer"),
-            *_link_page.sections(study.link),
+            *_link_page.sections(study.link, study.drawn),
         ]
     if study.records:
         parts += _pair_sections(study, title, bounds, folder)

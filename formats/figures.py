@@ -29,16 +29,33 @@ def _figure() -> tuple[Any, Any]:
     return figure, axes
 
 
-def render(figure: Any, *, form: str) -> bytes:
-    """A figure as bytes; equal figures give equal bytes."""
+ABOUT = {"png": "Description", "svg": "Description", "pdf": "Subject"}
+
+
+def render(figure: Any, *, form: str, command: str = "") -> bytes:
+    """A figure as bytes; equal figures give equal bytes. `command`, which remakes it, is kept in its metadata."""
     import matplotlib
 
     matplotlib.rcParams["svg.hashsalt"] = "rbkit"
     matplotlib.rcParams["svg.fonttype"] = "path"
     buffer = io.BytesIO()
     metadata: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[form]
+    if command:
+        metadata[ABOUT[form]] = command
     figure.savefig(buffer, format=form, dpi=150, metadata=metadata)
     return buffer.getvalue()
+
+
+def command_of(svg: bytes) -> str:
+    """The command that an SVG of `render` says it was made by, or nothing. Raises: ValueError where it is no XML."""
+    from xml.etree import ElementTree
+
+    try:
+        root = ElementTree.fromstring(svg)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"no SVG: {error}") from None
+    found = root.find(".//{http://purl.org/dc/elements/1.1/}description")
+    return "" if found is None or found.text is None else found.text
 
 
 def by_model(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -150,7 +167,13 @@ def _errors(records: Sequence[dict[str, Any]]) -> list[list[float]]:
 
 
 def scatter(
-    points: Sequence[tuple[dict[str, Any], dict[str, Any], str | None]], *, across: str, up: str, title: str, form: str
+    points: Sequence[tuple[dict[str, Any], dict[str, Any], str | None]],
+    *,
+    across: str,
+    up: str,
+    title: str,
+    form: str,
+    command: str = "",
 ) -> bytes:
     """One metric against another, a point per model with both 95 % intervals, coloured by the radius of training.
 
@@ -175,10 +198,12 @@ def scatter(
     axes.set(xlabel=across, ylabel=f"{up} ({points[0][1]['better']} is better)")
     axes.set_title(title, fontsize=8, loc="left")
     axes.legend(frameon=False, fontsize=7)
-    return render(figure, form=form)
+    return render(figure, form=form, command=command)
 
 
-def dose_curve(curve: dict[str, Any], points: Sequence[tuple[float, dict[str, Any]]], *, form: str) -> bytes:
+def dose_curve(
+    curve: dict[str, Any], points: Sequence[tuple[float, dict[str, Any]]], *, form: str, command: str = ""
+) -> bytes:
     """A metric over the radius of training: models with 95 % intervals, the monotone fit with its band, half effect.
 
     curve: a record of kind `dose_response` of rb-link; points: (radius, record) of each model.
@@ -197,4 +222,38 @@ def dose_curve(curve: dict[str, Any], points: Sequence[tuple[float, dict[str, An
         )
     axes.set(xlabel=f"eps of training ({curve['norm']}, [0, 1] pixels)", ylabel=curve["of"])
     axes.legend(frameon=False, fontsize=7)
+    return render(figure, form=form, command=command)
+
+
+def correlations(verdicts: Sequence[dict[str, Any]], *, form: str) -> bytes:
+    """Correlation with robustness of every metric with its 95 % interval, and with clean accuracy held fixed.
+
+    verdicts: records of kind `verdict` of rb-link, those that correlate most on top. Raises: ValueError without any.
+    """
+    from matplotlib.figure import Figure
+
+    rows = sorted((r for r in verdicts if r["value"] is not None), key=lambda r: r["value"])
+    if not rows:
+        raise ValueError("no verdict has a correlation")
+    figure = Figure(figsize=(2 * SIZE[0], 1.2 + 0.26 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.axvline(0, color="black", linewidth=0.8)
+    for shift, colour, name, keys in (
+        (0.13, COLOURS[0], "Pearson", ("value", "low", "high")),
+        (-0.13, COLOURS[1], "clean accuracy held fixed", ("partial", "partial_low", "partial_high")),
+    ):
+        points = [
+            (y, dict(zip(("value", "low", "high"), (r[k] for k in keys), strict=True))) for y, r in enumerate(rows)
+        ]
+        known = [(y, point) for y, point in points if point["value"] is not None]
+        axes.errorbar(
+            [point["value"] for _, point in known], [y + shift for y, _ in known], xerr=_errors([p for _, p in known]),
+            linestyle="none", marker="o", markersize=4, elinewidth=1, color=colour, label=name,
+        )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [r["of"].replace("_", " ") for r in rows], fontsize=8)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+    axes.set(xlim=(-1.02, 1.02), xlabel=f"correlation with {rows[0]['robustness'].replace('_', ' ')} (95 % intervals)")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     return render(figure, form=form)

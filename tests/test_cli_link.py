@@ -11,6 +11,7 @@ from conftest import execute, shell
 
 from rbkit.cli._errors import Input, Output, Usage
 from rbkit.cli.link import link
+from rbkit.formats.figures import command_of
 
 
 def lines(model, *, eps, robust, clean, alignment, entropy, **about):
@@ -130,6 +131,8 @@ def test_figures_are_the_same_every_time_and_in_three_forms(scores, tmp_path, ca
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     assert (tmp_path / "a" / "scatter-alignment-ig.png").read_bytes().startswith(b"\x89PNG")
+    drawn = tmp_path / "a" / "scatter-alignment-ig.svg"
+    assert command_of(drawn.read_bytes()) == f"rb-link {' '.join(files)} --controls {control} --figures figures/"
     blocked = write(tmp_path / "file", [])
     with pytest.raises(Output, match="file"):
         link(files, figures=str(blocked / "x"))

@@ -55,6 +55,21 @@ def test_a_population_is_answered_first(tmp_path: Path) -> None:
     assert "standard and one adversarially" not in text and "<script" not in text
 
 
+def test_a_population_is_drawn(tmp_path: Path) -> None:
+    """All correlations in one figure, and rb-link's own figures with the command that each names."""
+    link = population(tmp_path)
+    assert execute("rb-link", tmp_path / "scores.jsonl", "--figures", tmp_path / "figures").status == 0
+    drawn = sorted((tmp_path / "figures").glob("*.svg"))
+    page = tmp_path / "report.html"
+    assert execute("rb-report", link, *drawn, "-o", page).status == 0
+    text = page.read_text()
+    assert len(drawn) == 5 and text.count("<img") == 1 + len(drawn)
+    assert text.count(f"<code>rb-link {tmp_path / 'scores.jsonl'} --figures figures/</code>") == len(drawn)
+    (tmp_path / "bad.svg").write_text("<svg")
+    result = execute("rb-report", link, tmp_path / "bad.svg", "-o", tmp_path / "r.html")
+    assert result.status == 3 and "bad.svg" in result.err and result.err.count("\n") == 1
+
+
 def control(*, lost: float) -> list[dict]:
     """A standard and a robust model on images with a cue; the standard one loses `lost` when it is swapped."""
     records = []

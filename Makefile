@@ -43,6 +43,7 @@ LINK_NMAPS ?= 100
 LINK_METHODS ?= gradient ig
 # controls: smooth by noise or a gradient penalty, labels at random, fresh weights, a standard model stopped early
 CONTROLS   ?= noise penalty shuffled untrained early
+CONTROL_SEEDS ?= 0 1
 OUT    ?= out
 PIP_ARGS ?=
 PYTHON ?= python3
@@ -261,9 +262,10 @@ control_penalty   := --method gradient-penalty --beta 0.1
 control_shuffled  :=
 control_untrained := --epochs 0
 control_early     := --epochs 2
-$(foreach s,$(LINK_SEEDS),\
-    $(foreach e,$(LINK_EPS),$(eval $(call LINK_MODEL,eps$(e),$(s),$(call link_ball,$(e)),$(D)/train.safetensors)))\
-    $(foreach c,$(CONTROLS),$(eval $(call LINK_MODEL,$(c),$(s),$(control_$(c)),\
+$(foreach s,$(LINK_SEEDS),$(foreach e,$(LINK_EPS),\
+    $(eval $(call LINK_MODEL,eps$(e),$(s),$(call link_ball,$(e)),$(D)/train.safetensors))))
+$(foreach s,$(CONTROL_SEEDS),$(foreach c,$(CONTROLS),\
+    $(eval $(call LINK_MODEL,$(c),$(s),$(control_$(c)),\
         $(if $(filter shuffled,$(c)),$(L)/shuffled-labels.safetensors,$(D)/train.safetensors)))))
 
 # Attacked images and maps flow through pipes: what is kept of a model are its records. The braces stand in a line of their
@@ -276,18 +278,19 @@ $(L)/%.jsonl: $(L)/%.safetensors $(L)/test.safetensors $(L)/maps.safetensors $(K
 	mv $@.tmp $@
 
 LINK_MAIN := $(foreach e,$(LINK_EPS),$(foreach s,$(LINK_SEEDS),$(L)/eps$(e)-$(s).jsonl))
-LINK_CONTROLS := $(foreach c,$(CONTROLS),$(foreach s,$(LINK_SEEDS),$(L)/$(c)-$(s).jsonl))
+LINK_CONTROLS := $(foreach c,$(CONTROLS),$(foreach s,$(CONTROL_SEEDS),$(L)/$(c)-$(s).jsonl))
 LINK_PROOF := $(if $(filter shapes,$(DATA)),$(X)/standard.jsonl $(X)/robust.jsonl)
 
 # Models; passes of training and of judging through the network; passes per second of 2 cores, as measured on shapes.
 RATE ?= 1700
 define LINK_PLAN
 BEGIN { n = split("$(LINK_EPS)", eps, " "); seeds = split("$(LINK_SEEDS)", s, " "); controls = split("$(CONTROLS)", c, " ");
+  twins = split("$(CONTROL_SEEDS)", t, " ");
   for (i in eps) cost += eps[i] > 0 ? $(STEPS) + 1 : 1;
-  models = seeds * (n + controls); train = seeds * $(N) * $(EPOCHS) * (cost + controls);
+  models = seeds * n + twins * controls; train = $(N) * $(EPOCHS) * (seeds * cost + twins * controls);
   judge = models * (20 * $(LINK_NTEST) * $(words $(EPSS)) + 600 * $(LINK_NMAPS));
-  printf "%d models (%d radii and %d controls, %d seeds each), %.1f million passes: about %d minutes on 2 cores\n",
-    models, n, controls, seeds, (train + judge) / 1e6, (train + judge) / $(RATE) / 60 }
+  printf "%d models (%d radii of %d seeds, %d controls of %d), %.1f million passes: about %d minutes on 2 cores\n",
+    models, n, seeds, controls, twins, (train + judge) / 1e6, (train + judge) / $(RATE) / 60 }
 endef
 export LINK_PLAN
 

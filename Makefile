@@ -323,5 +323,16 @@ man: setup  ## man pages and completions from the commands
 cases: setup  ## rewrite the golden shell cases; review with git diff
 	RB_REWRITE=1 pytest tests/test_cases.py
 
+# Other libraries stand in an environment of their own, which sees the packages of .venv.
+BENCH := .venv-bench
+$(BENCH)/.installed: benchmarks/peers.txt | setup
+	$(VENV)/bin/python -m venv $(BENCH)
+	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	    > "$$($(BENCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -r benchmarks/peers.txt
+	touch $@
+bench: $(BENCH)/.installed  ## our tools, the commands and other libraries side by side
+	$(BENCH)/bin/python benchmarks/bench.py
+
 clean:  ## remove out/ (the study) but not .venv
 	rm -rf $(OUT)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 METHODS = ("standard", "pgd", "fgsm", "trades", "noise", "gradient-penalty")
 ROBUST = ("pgd", "fgsm", "trades")  # = tools.train.ROBUST, which would cost torch to import here
 SCHEDULES = ("onecycle", "cosine", "constant")
-AUGMENTS = ("crop-flip", "crop", "none")
+AUGMENTS = ("crop-flip", "crop", "flip", "none")
 SELECTS = ("mean", "clean", "robust", "last")
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
@@ -115,7 +115,8 @@ def train(
         typer.Option("--warmup", metavar="X", min=0.01, max=0.99, help="onecycle: share of the steps spent rising."),
     ] = 0.25,
     augment: Annotated[
-        str, typer.Option("--augment", metavar="|".join(AUGMENTS), help="Random crop with padding 4, and mirroring.")
+        str,
+        typer.Option("--augment", metavar="|".join(AUGMENTS), help="Random crop with padding 4, mirroring, or both."),
     ] = "crop-flip",
     ema: Annotated[
         float,

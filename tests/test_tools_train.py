@@ -85,6 +85,17 @@ def test_half_the_images_are_mirrored_and_all_offsets_are_drawn():
     assert len(shifts) == 3 and (shifts > 560).all()
 
 
+def test_each_way_to_augment_does_what_its_name_says():
+    """Flipping leaves an image or its mirror image; cropping never mirrors; both together do both."""
+    x, ids = torch.arange(1.0, W + 1).expand(64, 1, W, W).contiguous(), torch.arange(64)
+    found = {name: crop_flip(x, ids, seed=0, epoch=0, **given) for name, given in train.AUGMENTS.items()}
+    kept, mirrored = ((found["flip"] == y).flatten(1).all(1) for y in (x, x.flip(3)))
+    assert (kept ^ mirrored).all() and 20 < int(kept.sum()) < 44
+    assert torch.equal(found["crop-flip"][kept], found["crop"][kept])
+    assert not torch.equal(found["crop-flip"][mirrored], found["crop"][mirrored])
+    assert not (found["crop"] == x).flatten(1).all(1).all()
+
+
 def test_statistics_are_exact_per_channel():
     """D6: over all pixels, also where the last part is smaller."""
     x = torch.randint(0, 256, (1030, C, 2, 3), generator=generator(0), dtype=torch.uint8)
@@ -124,6 +135,7 @@ RECIPES = {
     "noise": {"method": "noise", "sigma": 0.1, "eps": 0.0},
     "gradient-penalty": {"method": "gradient-penalty", "beta": 1.0, "eps": 0.0},
     "crop": {"method": "standard", "augment": "crop", "schedule": "cosine"},
+    "flip": {"method": "standard", "augment": "flip"},
 }
 
 

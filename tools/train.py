@@ -25,6 +25,7 @@ from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.norms import NORMS
 
 ROBUST = ("pgd", "fgsm", "trades")  # methods with an inner attack
+AUGMENTS: dict[str, dict[str, Any]] = {"crop-flip": {}, "crop": {"flip": False}, "flip": {"pad": 0}}  # of crop_flip
 
 
 @dataclass(frozen=True)
@@ -291,10 +292,8 @@ def steps_per_epoch(data: Data, recipe: Recipe) -> int:
 def _step(state: State, inner: Inner | None, batch: Data, recipe: Recipe, total: int) -> list[float]:
     lr, done = learning_rate(recipe, state.step, total), state.step / total
     images = as_float(batch.image)
-    if recipe.augment == "crop-flip":
-        images = crop_flip(images, batch.ids, seed=recipe.seed, epoch=state.epoch)
-    elif recipe.augment == "crop":
-        images = crop_flip(images, batch.ids, seed=recipe.seed, epoch=state.epoch, flip=False)
+    if recipe.augment != "none":
+        images = crop_flip(images, batch.ids, seed=recipe.seed, epoch=state.epoch, **AUGMENTS[recipe.augment])
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.amp):
         loss, logits = loss_of(state.classifier, inner, images, batch, recipe, epoch=state.epoch, done=done)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 from rbkit.cli import _checkpoint, _history, _io, _values
 from rbkit.cli._app import note, program
 from rbkit.cli._compute import load_model, set_up, to_tensor
-from rbkit.cli._errors import Input, Numbers, Output, Stopped, Terminated, Usage, blame
+from rbkit.cli._errors import Input, Numbers, Output, Usage, blame
 from rbkit.cli._options import (
     DOCUMENT_LIMIT,
     EPS_HELP,
@@ -28,6 +27,7 @@ from rbkit.cli._options import (
 )
 from rbkit.cli._options import Output as OutputFile
 from rbkit.cli._progress import Progress
+from rbkit.cli._watch import Watch
 from rbkit.formats.errors import FormatError
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ ROBUST = ("pgd", "fgsm", "trades")  # = tools.train.ROBUST, which would cost tor
 SCHEDULES = ("onecycle", "cosine", "constant")
 AUGMENTS = ("crop-flip", "crop", "flip", "none")
 SELECTS = ("mean", "clean", "robust", "last")
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
 
 def train(
@@ -151,6 +150,15 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoint beside the output, if there is one.")
     ] = False,
+    checkpoint_every: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoint-every",
+            metavar="N|TIME",
+            help="Save within an epoch too: every N steps, or after 90s, 10m, 2h.",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     max_document: MaxDocument = DOCUMENT_LIMIT,
@@ -160,8 +168,9 @@ def train(
 ) -> None:
     """Train a classifier on a labelled image stream: standard, or robust within an L2 or Linf ball.
 
-    -o gets the epoch that is best on held-out rows. A checkpoint, OUTPUT.ckpt, is kept after every epoch; SIGTERM,
-    SIGUSR1, SIGUSR2 and Ctrl-C finish the step and save. The same command with --resume goes on to the same bytes.
+    -o gets the epoch that is best on held-out rows. A checkpoint, OUTPUT.ckpt, is kept after every epoch, and as often
+    as --checkpoint-every says; SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C finish the step and save. The same command with
+    --resume goes on to the same bytes.
     """
     options = dict(locals())
     recipe = _recipe(options)
@@ -172,10 +181,11 @@ def train(
     training, held_out = _held_out(options, data, place)
     options["val"] = val if _is_share(val) else None
     job = _checkpoint.Job(options, recipe, data, path=None if output == "-" else f"{output}.ckpt")
+    watch = Watch(job, every=checkpoint_every)
     if resume and _finished(output, job):
         return
     state = _begin(options, recipe, data, meta, place, resume, job)
-    _run(options, state, training, held_out, recipe, job)
+    _run(options, state, training, held_out, recipe, watch)
     _write(options, recipe, state, meta, data, job)
 
 
@@ -328,21 +338,17 @@ def class_count(data: Data, meta: dict[str, Any]) -> int:
 
 
 def _run(
-    options: dict[str, Any], state: State, training: Data, held_out: Data | None, recipe: Recipe, job: _checkpoint.Job
+    options: dict[str, Any], state: State, training: Data, held_out: Data | None, recipe: Recipe, watch: Watch
 ) -> None:
-    """Train to the end; signals are looked at after each step, checkpoints written after each epoch."""
+    """Train to the end; signals are looked at after each step, checkpoints written after each epoch at least."""
     from rbkit.tools.train import NumericError, fit, steps_per_epoch
 
-    caught: list[int] = []
-    for signum in STOPPING:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, lambda number, _: _catch(caught, number))
+    watch.listen()
     total = steps_per_epoch(training, recipe) * recipe.epochs
 
     def tick(step: int) -> None:
         progress.advance()
-        if caught:
-            _stop(caught[0], state, job)
+        watch.after_step(state)
 
     with (
         Progress("rb-train", total=total, unit="steps", quiet=options["quiet"]) as progress,
@@ -351,30 +357,9 @@ def _run(
         progress.advance(state.step)
         for record in fit(state, training, held_out, recipe, tick=tick):
             progress.advance(0, note=_summary(record))
-            job.save(state)
+            watch.save(state)
             if options["log"] is not None:
                 _write_log(options["log"], state)
-
-
-def _catch(caught: list[int], number: int) -> None:
-    if caught and number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
-    caught.append(number)
-    if number == signal.SIGINT:
-        note("rb-train", "stopping after this step; Ctrl-C again to quit now")
-
-
-def _stop(number: int, state: State, job: _checkpoint.Job) -> None:
-    saved = job.save(state)
-    if number == signal.SIGINT:
-        raise Terminated(number)
-    what = (
-        f"saved at step {state.step}; run the same command with --resume"
-        if saved
-        else "standard output keeps no checkpoint"
-    )
-    raise Stopped(f"stopped by {signal.Signals(number).name}: {what}")
 
 
 def _summary(record: dict[str, Any]) -> str:

@@ -9,11 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import BIN, Result, environment, execute
 from safetensors import numpy as st
+
+from rbkit.cli._errors import Usage
+from rbkit.cli._watch import Watch
 
 # A robust recipe with averages and momentum, so that all that a checkpoint holds matters.
 JOB = ("--width", 4, "--epochs", 4, "--batch", 16, "--eps", "0.5", "--steps", 2, "--ema", "0.9", "--seed", 3)
@@ -90,6 +94,53 @@ def test_the_same_bytes_after_an_interruption(
     assert "resumed at epoch" in again.err
     assert target.read_bytes() == whole.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == [target.name]
+
+
+def test_a_job_killed_within_an_epoch_goes_on_from_its_last_steps(tmp_path: Path, few_rows: Path, whole: Path) -> None:
+    """An epoch has 5 steps; the first checkpoint is that of step 2. How often one is written may change on the way."""
+    target = tmp_path / "model.safetensors"
+    checkpoint = Path(f"{target}.ckpt")
+    with training(few_rows, *JOB, "-q", "-o", target, "--checkpoint-every", 2) as process:
+        wait_for(checkpoint, process)
+        process.kill()
+    again = execute("rb-train", few_rows, *JOB, "--resume", "-o", target, "--checkpoint-every", "1h")
+    assert again.status == 0 and "resumed at epoch 1, step" in again.err, again.err
+    assert target.read_bytes() == whole.read_bytes()
+
+
+class Saved:
+    """A job that counts its checkpoints."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def save(self, state: SimpleNamespace) -> bool:
+        """Note the step."""
+        self.steps.append(state.step)
+        return True
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"), [(None, []), ("4", [4, 8, 12]), ("30s", [3, 6, 9, 12]), ("1m", [6, 12]), ("1h", [])]
+)
+def test_a_checkpoint_is_due_by_steps_or_by_time(
+    every: str | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve steps of ten seconds."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("rbkit.cli._watch.time.monotonic", lambda: clock.now)
+    job = Saved()
+    watch = Watch(job, every=every)  # type: ignore[arg-type]
+    for step in range(1, 13):
+        clock.now += 10
+        watch.after_step(SimpleNamespace(step=step))  # type: ignore[arg-type]
+    assert job.steps == expected
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "10d", "1.5h", "", "0s"])
+def test_other_paces_are_refused(text: str) -> None:
+    with pytest.raises(Usage, match="--checkpoint-every"):
+        Watch(Saved(), every=text)  # type: ignore[arg-type]
 
 
 def test_ctrl_c_saves_and_dies_of_it(tmp_path: Path, few_rows: Path) -> None:

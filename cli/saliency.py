@@ -11,7 +11,7 @@ import typer
 from rbkit.cli import _history, _io, _values
 from rbkit.cli._app import note, program
 from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
-from rbkit.cli._errors import Input, Usage
+from rbkit.cli._errors import Input, Usage, blame
 from rbkit.cli._options import (
     BLOCK,
     DOCUMENT_LIMIT,
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     from rbkit.tools.models import Evaluation
     from rbkit.tools.saliency import Saliency
 
-METHODS = ("gradient", "input-x-gradient", "ig", "smoothgrad", "shap")
+METHODS = ("gradient", "input-x-gradient", "ig", "smoothgrad", "shap", "occlusion")
 OUTPUTS = ("logit", "probability", "log-probability")
 BASELINES = ("black", "white", "mean", "blur", "uniform", "data")
+MASKERS = ("black", "mean", "blur", "data")
 OF = ("auto", "image", "adversarial")
 
 
@@ -90,6 +91,29 @@ def saliency(
             show_default=False,
         ),
     ] = None,
+    masker: Annotated[
+        str, typer.Option("--masker", metavar="|".join(MASKERS), help="occlusion: what hidden pixels take (not data).")
+    ] = "mean",
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window",
+            metavar="N",
+            min=1,
+            help="occlusion: side of the square, in pixels; default a quarter of the image's shorter side.",
+            show_default=False,
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride",
+            metavar="N",
+            min=1,
+            help="occlusion: step of the square, in pixels; default half of the window.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     block: Block = BLOCK,
     arch: ArchName = None,
@@ -128,7 +152,13 @@ def saliency(
 def _spec(options: dict[str, Any]) -> Saliency:
     from rbkit.tools.saliency import Saliency
 
-    for name, allowed in (("method", METHODS), ("explain", OUTPUTS), ("of", OF), ("baseline", BASELINES)):
+    for name, allowed in (
+        ("method", METHODS),
+        ("explain", OUTPUTS),
+        ("of", OF),
+        ("baseline", BASELINES),
+        ("masker", MASKERS),
+    ):
         _values.choice(options[name], allowed, option=f"--{name}")
     _values.block(options["block"])
     if options["target"] not in ("predicted", "label") and not options["target"].isdecimal():
@@ -141,10 +171,13 @@ def _spec(options: dict[str, Any]) -> Saliency:
         raise Usage(
             f"--baselines {options['baselines']} goes with --baseline uniform or data; {options['baseline']} has one"
         )
+    if options["method"] == "occlusion" and options["masker"] == "data":
+        raise Usage("--method occlusion hides with --masker black, mean or blur, not with data")
     return Saliency(
         options["method"], output=options["explain"], steps=options["steps"], samples=options["samples"],
         sigma=_values.number(options["sigma"], option="--sigma"), baseline=options["baseline"], baselines=options["baselines"],
         tolerance=options["tolerance"], max_steps=options["max_steps"], seed=options["seed"],
+        masker=options["masker"], window=options["window"], stride=options["stride"],
     )  # fmt: skip
 
 
@@ -160,7 +193,9 @@ def _explain_chunk(
         raise Input(f"{chunk.place}: no tensor named {of}; try --of image")
     images = as_float(to_tensor(chunk.arrays[of], device))
     target = _target(options, evaluation, images, chunk)
-    found = explain(evaluation, images, target, spec, ids=to_tensor(chunk.arrays["id"], device), background=reference)
+    ids = to_tensor(chunk.arrays["id"], device)
+    with blame(Usage, ValueError, prefix=f"--method {spec.method}: "):
+        found = explain(evaluation, images, target, spec, ids=ids, background=reference)
     columns = {
         "attribution": found.attribution, "target": found.target, "completeness_error": found.completeness_error,
         "output_change": found.output_change, "steps": found.steps, "standard_error": found.standard_error,

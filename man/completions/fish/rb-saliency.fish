@@ -1,6 +1,6 @@
 # fish completion of rb-saliency; made by man/make.py
 complete -c rb-saliency -s m -l model -r -d 'The model, a file of rb-train or rb-model.'
-complete -c rb-saliency -l method -x -a 'gradient input-x-gradient ig smoothgrad shap' -d 'shap: expected gradients.'
+complete -c rb-saliency -l method -x -a 'gradient input-x-gradient ig smoothgrad shap occlusion' -d 'shap: expected gradients.'
 complete -c rb-saliency -l target -x -a 'predicted label' -d 'Which class is explained.'
 complete -c rb-saliency -l explain -x -a 'logit probability log-probability' -d 'What of that class.'
 complete -c rb-saliency -l of -x -a 'auto image adversarial' -d 'auto: adversarial where present, else image.'
@@ -12,6 +12,9 @@ complete -c rb-saliency -l baselines -x -d 'ig: draws of uniform or data to aver
 complete -c rb-saliency -l samples -x -d 'smoothgrad, shap: draws per image.'
 complete -c rb-saliency -l sigma -x -d 'smoothgrad: noise in [0, 1] pixels.'
 complete -c rb-saliency -l background -r -d 'shap, baseline data: a stream of reference images.'
+complete -c rb-saliency -l masker -x -a 'black mean blur data' -d 'occlusion: what hidden pixels take (not data).'
+complete -c rb-saliency -l window -x -d 'occlusion: side of the square, in pixels; default a quarter of the image'\''s shorter side.'
+complete -c rb-saliency -l stride -x -d 'occlusion: step of the square, in pixels; default half of the window.'
 complete -c rb-saliency -l seed -x -d 'Seed of every random number.'
 complete -c rb-saliency -l block -x -d 'Rows computed at a time, a multiple of 32; recorded, as it moves last bits.'
 complete -c rb-saliency -l arch -x -d 'Leave to import and run this factory, which the model file must name too; may be repeated.'

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from rbkit.tools.models import Evaluation
     from rbkit.tools.saliency import Saliency
 
-METHODS = ("gradient", "input-x-gradient", "ig", "smoothgrad", "shap", "occlusion")
+METHODS = ("gradient", "input-x-gradient", "ig", "smoothgrad", "shap", "occlusion", "grad-cam")
 OUTPUTS = ("logit", "probability", "log-probability")
 BASELINES = ("black", "white", "mean", "blur", "uniform", "data")
 MASKERS = ("black", "mean", "blur", "data")
@@ -114,6 +114,18 @@ def saliency(
             show_default=False,
         ),
     ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            "--layer",
+            metavar="NAME",
+            help="grad-cam: layer of the feature map; default the last map before the head.",
+            show_default=False,
+        ),
+    ] = None,
+    signed: Annotated[
+        bool, typer.Option("--signed", help="grad-cam: keep negative values, which the paper drops.")
+    ] = False,
     seed: Seed = 0,
     block: Block = BLOCK,
     arch: ArchName = None,
@@ -178,6 +190,7 @@ def _spec(options: dict[str, Any]) -> Saliency:
         sigma=_values.number(options["sigma"], option="--sigma"), baseline=options["baseline"], baselines=options["baselines"],
         tolerance=options["tolerance"], max_steps=options["max_steps"], seed=options["seed"],
         masker=options["masker"], window=options["window"], stride=options["stride"],
+        layer=options["layer"], signed=options["signed"],
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ def _collected() -> Iterator[None]:
 QUICK: dict[str, tuple[tuple[object, ...], set[str]]] = {
     "gradient": ((), set()),
     "occlusion": (("--window", 16), {"completeness_error", "output_change"}),
+    "grad-cam": (("--layer", "layer1", "--signed"), set()),
 }
 
 
@@ -104,6 +105,11 @@ def test_the_judge_makes_the_maps_again(maps: Callable[[str], Path], model_file:
         ),
         (("--method", "occlusion", "--window", 33), "--method occlusion: window 33: expected 1 to 32"),
         (("--method", "occlusion", "--window", 4, "--stride", 5), "--method occlusion: stride 5: expected 1 to 4"),
+        (
+            ("--method", "grad-cam", "--layer", "fc"),
+            "--method grad-cam: layer fc gives [8] per image, expected a feature map",
+        ),
+        (("--method", "grad-cam", "--layer", "layer9"), "--method grad-cam: no layer 'layer9'; the network has conv1"),
         (("--method", "lime"), "--method: got 'lime', expected one of gradient"),
     ],
 )

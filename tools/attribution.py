@@ -22,7 +22,8 @@ class Saliency:
     images. sigma: SmoothGrad's noise, in [0, 1] pixels. baseline: a key of BASELINES; `baselines` uniform draws are
     averaged. tolerance: refine steps until the completeness error is below it times the change of output.
     masker: what hidden pixels take, a key of MASKERS. window, stride: side and step of the square that occlusion moves,
-    in pixels (None: a quarter of the shorter side, half of the window).
+    in pixels (None: a quarter of the shorter side, half of the window). layer: whose feature map grad-cam takes (None:
+    the last before the head); signed: grad-cam keeps negative values.
     """
 
     method: str
@@ -38,6 +39,8 @@ class Saliency:
     masker: str = "mean"
     window: int | None = None
     stride: int | None = None
+    layer: str | None = None
+    signed: bool = False
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch import Tensor
 from rbkit.tools import random
 from rbkit.tools.attribution import OUTPUTS as OUTPUTS
 from rbkit.tools.attribution import Explained, Saliency, accumulated, output_of, per_row, values
+from rbkit.tools.gradcam import grad_cam
 from rbkit.tools.masking import blurred as blurred
 from rbkit.tools.masking import filler
 from rbkit.tools.models import Evaluation
@@ -202,6 +203,7 @@ METHODS: dict[str, Callable[..., Explained]] = {
     "smoothgrad": smoothgrad,
     "shap": expected_gradients,
     "occlusion": occlusion,
+    "grad-cam": grad_cam,
 }
 
 

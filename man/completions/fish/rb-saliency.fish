@@ -1,6 +1,6 @@
 # fish completion of rb-saliency; made by man/make.py
 complete -c rb-saliency -s m -l model -r -d 'The model, a file of rb-train or rb-model.'
-complete -c rb-saliency -l method -x -a 'gradient input-x-gradient ig smoothgrad shap occlusion' -d 'shap: expected gradients.'
+complete -c rb-saliency -l method -x -a 'gradient input-x-gradient ig smoothgrad shap occlusion grad-cam' -d 'shap: expected gradients.'
 complete -c rb-saliency -l target -x -a 'predicted label' -d 'Which class is explained.'
 complete -c rb-saliency -l explain -x -a 'logit probability log-probability' -d 'What of that class.'
 complete -c rb-saliency -l of -x -a 'auto image adversarial' -d 'auto: adversarial where present, else image.'
@@ -15,6 +15,8 @@ complete -c rb-saliency -l background -r -d 'shap, baseline data: a stream of re
 complete -c rb-saliency -l masker -x -a 'black mean blur data' -d 'occlusion: what hidden pixels take (not data).'
 complete -c rb-saliency -l window -x -d 'occlusion: side of the square, in pixels; default a quarter of the image'\''s shorter side.'
 complete -c rb-saliency -l stride -x -d 'occlusion: step of the square, in pixels; default half of the window.'
+complete -c rb-saliency -l layer -x -d 'grad-cam: layer of the feature map; default the last map before the head.'
+complete -c rb-saliency -l signed -d 'grad-cam: keep negative values, which the paper drops.'
 complete -c rb-saliency -l seed -x -d 'Seed of every random number.'
 complete -c rb-saliency -l block -x -d 'Rows computed at a time, a multiple of 32; recorded, as it moves last bits.'
 complete -c rb-saliency -l arch -x -d 'Leave to import and run this factory, which the model file must name too; may be repeated.'

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from rbkit.tools.models import Evaluation
     from rbkit.tools.saliency import Saliency
 
-METHODS = ("gradient", "input-x-gradient", "ig", "smoothgrad", "shap", "occlusion", "grad-cam")
+METHODS = ("gradient", "input-x-gradient", "ig", "smoothgrad", "shap", "occlusion", "grad-cam", "guided-backprop")
 OUTPUTS = ("logit", "probability", "log-probability")
 BASELINES = ("black", "white", "mean", "blur", "uniform", "data")
 MASKERS = ("black", "mean", "blur", "data")

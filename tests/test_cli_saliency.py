@@ -30,6 +30,7 @@ QUICK: dict[str, tuple[tuple[object, ...], set[str]]] = {
     "gradient": ((), set()),
     "occlusion": (("--window", 16), {"completeness_error", "output_change"}),
     "grad-cam": (("--layer", "layer1", "--signed"), set()),
+    "guided-backprop": ((), set()),
 }
 
 

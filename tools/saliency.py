@@ -17,6 +17,7 @@ from rbkit.tools import random
 from rbkit.tools.attribution import OUTPUTS as OUTPUTS
 from rbkit.tools.attribution import Explained, Saliency, accumulated, output_of, per_row, values
 from rbkit.tools.gradcam import grad_cam
+from rbkit.tools.guided import guided_backprop
 from rbkit.tools.masking import blurred as blurred
 from rbkit.tools.masking import filler
 from rbkit.tools.models import Evaluation
@@ -204,6 +205,7 @@ METHODS: dict[str, Callable[..., Explained]] = {
     "shap": expected_gradients,
     "occlusion": occlusion,
     "grad-cam": grad_cam,
+    "guided-backprop": guided_backprop,
 }
 
 

@@ -1,6 +1,6 @@
 # fish completion of rb-saliency; made by man/make.py
 complete -c rb-saliency -s m -l model -r -d 'The model, a file of rb-train or rb-model.'
-complete -c rb-saliency -l method -x -a 'gradient input-x-gradient ig smoothgrad shap occlusion grad-cam' -d 'shap: expected gradients.'
+complete -c rb-saliency -l method -x -a 'gradient input-x-gradient ig smoothgrad shap occlusion grad-cam guided-backprop' -d 'shap: expected gradients.'
 complete -c rb-saliency -l target -x -a 'predicted label' -d 'Which class is explained.'
 complete -c rb-saliency -l explain -x -a 'logit probability log-probability' -d 'What of that class.'
 complete -c rb-saliency -l of -x -a 'auto image adversarial' -d 'auto: adversarial where present, else image.'

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
     from rbkit.tools.models import Evaluation
     from rbkit.tools.saliency import Saliency
 
-METHODS = ("gradient", "input-x-gradient", "ig", "smoothgrad", "shap", "occlusion", "grad-cam", "guided-backprop")
+METHODS = (
+    "gradient", "input-x-gradient", "ig", "smoothgrad", "shap", "occlusion", "grad-cam", "guided-backprop",
+    "permutation-shap", "exact-shap",
+)  # fmt: skip
 OUTPUTS = ("logit", "probability", "log-probability")
 BASELINES = ("black", "white", "mean", "blur", "uniform", "data")
 MASKERS = ("black", "mean", "blur", "data")
@@ -79,7 +82,7 @@ def saliency(
         int, typer.Option("--baselines", metavar="N", min=1, help="ig: draws of uniform or data to average over.")
     ] = 1,
     samples: Annotated[
-        int, typer.Option("--samples", metavar="N", min=1, help="smoothgrad, shap: draws per image.")
+        int, typer.Option("--samples", metavar="N", min=1, help="smoothgrad, shap, permutation-shap: draws per image.")
     ] = 50,
     sigma: Annotated[str, typer.Option("--sigma", metavar="X", help="smoothgrad: noise in [0, 1] pixels.")] = "0.1",
     background: Annotated[
@@ -87,13 +90,27 @@ def saliency(
         typer.Option(
             "--background",
             metavar="FILE",
-            help="shap, baseline data: a stream of reference images.",
+            help="shap, --baseline data, --masker data: a stream of reference images.",
             show_default=False,
         ),
     ] = None,
     masker: Annotated[
-        str, typer.Option("--masker", metavar="|".join(MASKERS), help="occlusion: what hidden pixels take (not data).")
+        str,
+        typer.Option(
+            "--masker",
+            metavar="|".join(MASKERS),
+            help="occlusion, permutation-shap, exact-shap: what hidden pixels take; data takes --background.",
+        ),
     ] = "mean",
+    players: Annotated[
+        str | None,
+        typer.Option(
+            "--players",
+            metavar="N|RxC",
+            help="permutation-shap, exact-shap: blocks per side, or down and across; default 8, for exact-shap 3.",
+            show_default=False,
+        ),
+    ] = None,
     window: Annotated[
         int | None,
         typer.Option(
@@ -140,7 +157,7 @@ def saliency(
     """Explain a model's outputs on each image of a stream.
 
     The output holds what came in plus attribution (float32, signed, one value per pixel and channel), target, and
-    where the method has them completeness_error, output_change, steps and standard_error.
+    where the method has them completeness_error, output_change, steps, standard_error and block_standard_error.
     """
     options = dict(locals())
     spec = _spec(options)
@@ -185,13 +202,17 @@ def _spec(options: dict[str, Any]) -> Saliency:
         )
     if options["method"] == "occlusion" and options["masker"] == "data":
         raise Usage("--method occlusion hides with --masker black, mean or blur, not with data")
-    return Saliency(
+    down, across = (None, None) if options["players"] is None else _values.grid(options["players"], option="--players")
+    spec = Saliency(
         options["method"], output=options["explain"], steps=options["steps"], samples=options["samples"],
         sigma=_values.number(options["sigma"], option="--sigma"), baseline=options["baseline"], baselines=options["baselines"],
         tolerance=options["tolerance"], max_steps=options["max_steps"], seed=options["seed"],
         masker=options["masker"], window=options["window"], stride=options["stride"],
-        layer=options["layer"], signed=options["signed"],
+        layer=options["layer"], signed=options["signed"], players=down, players_across=across,
     )  # fmt: skip
+    if spec.needs_background and options["background"] is None:
+        raise Usage(f"--method {spec.method} --masker data needs --background FILE")
+    return spec
 
 
 def _explain_chunk(
@@ -212,6 +233,7 @@ def _explain_chunk(
     columns = {
         "attribution": found.attribution, "target": found.target, "completeness_error": found.completeness_error,
         "output_change": found.output_change, "steps": found.steps, "standard_error": found.standard_error,
+        "block_standard_error": found.block_standard_error,
     }  # fmt: skip
     return {**chunk.arrays, **{k: v.cpu().numpy() for k, v in columns.items() if v is not None}}, of
 

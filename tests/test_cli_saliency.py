@@ -31,6 +31,11 @@ QUICK: dict[str, tuple[tuple[object, ...], set[str]]] = {
     "occlusion": (("--window", 16), {"completeness_error", "output_change"}),
     "grad-cam": (("--layer", "layer1", "--signed"), set()),
     "guided-backprop": ((), set()),
+    "permutation-shap": (
+        ("--players", "2x3", "--samples", 3, "--seed", 4),
+        {"completeness_error", "output_change", "block_standard_error"},
+    ),
+    "exact-shap": (("--players", 2, "--masker", "blur"), {"completeness_error", "output_change"}),
 }
 
 
@@ -111,6 +116,16 @@ def test_the_judge_makes_the_maps_again(maps: Callable[[str], Path], model_file:
             "--method grad-cam: layer fc gives [8] per image, expected a feature map",
         ),
         (("--method", "grad-cam", "--layer", "layer9"), "--method grad-cam: no layer 'layer9'; the network has conv1"),
+        (
+            ("--method", "exact-shap", "--players", 4),
+            "--method exact-shap: 16 players have 2**16 coalitions, expected at most 12",
+        ),
+        (("--method", "exact-shap", "--players", "3by4"), "--players: got '3by4', expected N or RxC such as 8 or 3x4"),
+        (("--method", "permutation-shap", "--players", 33), "33 x 33 players: expected at most one per pixel, 32 x 32"),
+        (
+            ("--method", "permutation-shap", "--masker", "data"),
+            "--method permutation-shap --masker data needs --background",
+        ),
         (("--method", "lime"), "--method: got 'lime', expected one of gradient"),
     ],
 )
@@ -122,3 +137,13 @@ def test_what_does_not_fit_is_refused(
         explain(stream_file, model_file, out, *options)
     assert message in reason(caught.value) and "\n" not in reason(caught.value)
     assert not out.exists()
+
+
+def test_the_standard_error_is_of_the_blocks_that_were_asked_for(
+    maps: Callable[[str], Path], tmp_path: Path, stream_file: Path, model_file: Path
+) -> None:
+    assert load_file(maps("permutation-shap"))["block_standard_error"].shape == (40, 2, 3)
+    out, asked = tmp_path / "maps.safetensors", ("--method", "permutation-shap", "--players", 3, "--samples", 2)
+    explain(stream_file, model_file, out, *asked, "--masker", "data", "--background", stream_file, "--shard", "1/8")
+    rows = load_file(out)
+    assert rows["block_standard_error"].shape == (5, 3, 3) and (rows["standard_error"] > 0).any()

@@ -23,7 +23,8 @@ class Saliency:
     averaged. tolerance: refine steps until the completeness error is below it times the change of output.
     masker: what hidden pixels take, a key of MASKERS. window, stride: side and step of the square that occlusion moves,
     in pixels (None: a quarter of the shorter side, half of the window). layer: whose feature map grad-cam takes (None:
-    the last before the head); signed: grad-cam keeps negative values.
+    the last before the head); signed: grad-cam keeps negative values. players: blocks of pixels down, and across unless
+    players_across says (None: 8 per side over permutations, 3 for exact values).
     """
 
     method: str
@@ -41,12 +42,21 @@ class Saliency:
     stride: int | None = None
     layer: str | None = None
     signed: bool = False
+    players: int | None = None
+    players_across: int | None = None
+
+    @property
+    def needs_background(self) -> bool:
+        """Whether the method draws on background images."""
+        shapley = self.method in ("permutation-shap", "exact-shap") and self.masker == "data"
+        return shapley or self.method == "shap" or (self.method == "ig" and self.baseline == "data")
 
 
 @dataclass
 class Explained:
-    """Attribution (N, C, H, W); per row the target, completeness error |sum - (F(x) - F(baseline))|, steps used and,
-    for shap, the standard error of the attribution's sum (None where a method has no such thing)."""
+    """Attribution (N, C, H, W); per row the target, completeness error |sum - (F(x) - F(baseline))|, steps used,
+    the standard error of the attribution's sum, and those of the values of blocks of pixels (N, down, across); None where
+    a method has no such thing."""
 
     attribution: Tensor
     target: Tensor
@@ -54,6 +64,7 @@ class Explained:
     output_change: Tensor | None = None
     steps: Tensor | None = None
     standard_error: Tensor | None = None
+    block_standard_error: Tensor | None = None
 
 
 def output_of(logits: Tensor, target: Tensor, output: str) -> Tensor:

@@ -20,7 +20,7 @@ IN_PLACE = (torch.relu_, Tensor.relu_)  # F.relu_ is the first of them
 
 
 class _Guide(torch.autograd.Function):
-    """ReLU forward; backward, what is positive in both the input and the gradient (section 3.4)."""
+    """ReLU forward; backward, what is positive in both the input and the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class _Guided(TorchFunctionMode):
 def guided_backprop(
     evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, **unused: Tensor | None
 ) -> Explained:
-    """The gradient with negative parts dropped at every ReLU on the way back (Springenberg et al. 2015, section 3.4).
+    """The gradient with negative parts dropped at every ReLU on the way back (Springenberg et al. 2015).
 
     A negative control: a sanity check that it passes is wrong. Activations other than ReLU keep their gradient. Raises: ValueError for a network without ReLU.
     """

@@ -22,6 +22,7 @@ from rbkit.tools.masking import blurred as blurred
 from rbkit.tools.masking import filler
 from rbkit.tools.models import Evaluation
 from rbkit.tools.occlusion import occlusion
+from rbkit.tools.shapley import exact_shap, permutation_shap
 
 BASELINES = ("black", "white", "mean", "blur", "uniform", "data")
 
@@ -206,6 +207,8 @@ METHODS: dict[str, Callable[..., Explained]] = {
     "occlusion": occlusion,
     "grad-cam": grad_cam,
     "guided-backprop": guided_backprop,
+    "permutation-shap": permutation_shap,
+    "exact-shap": exact_shap,
 }
 
 

@@ -172,10 +172,13 @@ def saliency(
     )
     stream = _io.chunks(source, shard=part, max_document=max_document)
     with _io.Sink(output, no_history=no_history) as sink:
-        evaluation = subject.evaluation(block)
+        evaluation, missed = subject.evaluation(block), 0
         for chunk in watched(checked(stream, subject), tool="rb-saliency", options=options):
-            arrays, explained_of = _explain_chunk(options, spec, evaluation, reference, chunk)
+            arrays, explained_of, above = _explain_chunk(options, spec, evaluation, reference, chunk)
+            missed += above
             sink.write(arrays, _meta(chunk, spec, options, subject, explained_of, entry), last=chunk.last)
+    if missed and not quiet:
+        note("rb-saliency", f"{missed} maps are above --ig-tolerance {tolerance:g}; try a larger --max-steps")
 
 
 def _spec(options: dict[str, Any]) -> Saliency:
@@ -217,7 +220,7 @@ def _spec(options: dict[str, Any]) -> Saliency:
 
 def _explain_chunk(
     options: dict[str, Any], spec: Saliency, evaluation: Evaluation, reference: Any, chunk: Chunk
-) -> tuple[dict[str, Any], str]:
+) -> tuple[dict[str, Any], str, int]:
     from rbkit.tools.saliency import explain
     from rbkit.tools.train import as_float
 
@@ -235,7 +238,8 @@ def _explain_chunk(
         "output_change": found.output_change, "steps": found.steps, "standard_error": found.standard_error,
         "block_standard_error": found.block_standard_error,
     }  # fmt: skip
-    return {**chunk.arrays, **{k: v.cpu().numpy() for k, v in columns.items() if v is not None}}, of
+    arrays = {**chunk.arrays, **{k: v.cpu().numpy() for k, v in columns.items() if v is not None}}
+    return arrays, of, 0 if found.missed is None else int(found.missed.sum())
 
 
 def _target(options: dict[str, Any], evaluation: Evaluation, images: torch.Tensor, chunk: Chunk) -> torch.Tensor:

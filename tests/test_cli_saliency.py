@@ -147,3 +147,16 @@ def test_the_standard_error_is_of_the_blocks_that_were_asked_for(
     explain(stream_file, model_file, out, *asked, "--masker", "data", "--background", stream_file, "--shard", "1/8")
     rows = load_file(out)
     assert rows["block_standard_error"].shape == (5, 3, 3) and (rows["standard_error"] > 0).any()
+
+
+def test_maps_above_the_tolerance_are_counted_once(
+    tmp_path: Path, stream_file: Path, model_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [stream_file, "-m", model_file, "--threads", 1, "-o", tmp_path / "maps.safetensors", "--shard", "1/4"]
+    strict = ("--method", "ig", "--steps", 2, "--max-steps", 4, "--ig-tolerance", 1e-9)
+    command.main.command()(args=[str(a) for a in (*argv, *strict)], standalone_mode=False)
+    told = "rb-saliency: 10 maps are above --ig-tolerance 1e-09; try a larger --max-steps\n"
+    assert capsys.readouterr().err == told
+    command.main.command()(args=[str(a) for a in (*argv, *strict, "-q")], standalone_mode=False)
+    command.main.command()(args=[str(a) for a in (*argv, "--method", "ig", "--steps", 2)], standalone_mode=False)
+    assert capsys.readouterr().err == ""

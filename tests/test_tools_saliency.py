@@ -148,6 +148,7 @@ def test_refinement_meets_its_tolerance_and_equals_the_plain_rule():
     plain = explained(model, x, method="ig", steps=4)
     found = explained(model, x, method="ig", steps=4, tolerance=0.01, max_steps=4096)
     assert (found.completeness_error <= 0.01 * found.output_change.abs().clamp_min(1e-3)).all()
+    assert not found.missed.any()
     steps = found.steps.tolist()
     assert len(set(steps)) > 1 and all(s & (s - 1) == 0 and 4 <= s <= 4096 for s in steps)
     for row, count in enumerate(steps):
@@ -162,7 +163,32 @@ def test_refinement_meets_its_tolerance_and_equals_the_plain_rule():
 
 def test_refinement_stops_at_max_steps():
     found = explained(convnet(), method="ig", steps=3, tolerance=1e-12, max_steps=13)
-    assert found.steps.tolist() == [12] * N
+    assert found.steps.tolist() == [12] * N and found.missed.all()
+    assert explained(convnet(), method="ig", steps=3).missed is None
+
+
+def test_what_missed_its_tolerance_is_told_by_row():
+    spec = {"method": "ig", "steps": 2, "max_steps": 32, "output": "probability", "seed": 2}
+    found = explained(convnet(), tolerance=0.01, **spec)
+    assert 0 < int(found.missed.sum()) < N and (found.steps[found.missed] == 32).all()
+    assert torch.equal(found.missed, found.completeness_error > 0.01 * found.output_change.abs().clamp_min(1e-3))
+    # Of several baselines, any: what the first few missed stays missed.
+    before = torch.zeros(N, dtype=torch.bool)
+    for baselines in range(1, 7):
+        found = explained(convnet(), tolerance=0.1, baseline="uniform", baselines=baselines, **spec)
+        assert not (before & ~found.missed).any()
+        before = found.missed
+    assert before.any()
+
+
+def test_refinement_of_a_map_depends_on_no_other_image():
+    spec = {"method": "ig", "steps": 4, "tolerance": 0.01, "max_steps": 4096}
+    whole = explained(convnet(), **spec)
+    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
+    other = explained(convnet(), images()[order], target=TARGET[order], ids=IDS[order], **spec)
+    assert torch.equal(other.attribution, whole.attribution[order]) and torch.equal(other.steps, whole.steps[order])
+    alone = explained(convnet(), images()[4:5], target=TARGET[4:5], ids=IDS[4:5], **spec)
+    assert torch.equal(alone.attribution[0], whole.attribution[4]) and int(alone.steps[0]) == int(whole.steps[4])
 
 
 # ------------------------------------------------------------------------------------- smoothgrad, shap

@@ -55,8 +55,8 @@ class Saliency:
 @dataclass
 class Explained:
     """Attribution (N, C, H, W); per row the target, completeness error |sum - (F(x) - F(baseline))|, steps used,
-    the standard error of the attribution's sum, and those of the values of blocks of pixels (N, down, across); None where
-    a method has no such thing."""
+    the standard error of the attribution's sum, and those of the values of blocks of pixels (N, down, across); whether the
+    error stayed above the tolerance; None where a method has no such thing."""
 
     attribution: Tensor
     target: Tensor
@@ -65,6 +65,7 @@ class Explained:
     steps: Tensor | None = None
     standard_error: Tensor | None = None
     block_standard_error: Tensor | None = None
+    missed: Tensor | None = None
 
 
 def output_of(logits: Tensor, target: Tensor, output: str) -> Tensor:

@@ -109,6 +109,12 @@ def _trapezoid(steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return alphas, weights
 
 
+def _open(part: Tensor, difference: Tensor, tolerance: float) -> Tensor:
+    """Which completeness errors are above the tolerance times the change of output, bool (N,)."""
+    error = (part.flatten(1).double().sum(1) - difference).abs()
+    return error > tolerance * difference.abs().clamp_min(1e-3)
+
+
 def _refine(
     evaluation: Evaluation, images: Tensor, base: Tensor, target: Tensor, spec: Saliency, total: Tensor, change: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -120,8 +126,7 @@ def _refine(
     used = torch.full((len(images),), spec.steps, device=images.device)
     steps = spec.steps
     while 2 * steps <= spec.max_steps:
-        error = (total.flatten(1).double().sum(1) - change).abs()
-        open_ = (error > spec.tolerance * change.abs().clamp_min(1e-3)).nonzero()[:, 0]
+        open_ = _open(total, change, spec.tolerance).nonzero()[:, 0]
         if not len(open_):
             break
         middles = (torch.arange(steps, device=images.device) + 0.5) / steps
@@ -144,11 +149,13 @@ def integrated_gradients(
 ) -> Explained:
     """Integrated gradients (Sundararajan et al. 2017, eq. 1) by the trapezoid rule, averaged over baselines.
 
-    The completeness error is the mean over baselines of |sum of attributions - (F(x) - F(baseline))|.
+    The completeness error is the mean over baselines of |sum of attributions - (F(x) - F(baseline))|; with a tolerance,
+    `missed` says where that of some baseline stayed above it.
     """
     top = values(evaluation, images, target, spec.output)
     total, error, change = torch.zeros_like(images), torch.zeros_like(top), torch.zeros_like(top)
     used = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    missed = torch.zeros_like(used, dtype=torch.bool)
     alphas, weights = _trapezoid(spec.steps, images.device)
     for draw in range(spec.baselines):
         base = baseline_of(spec, evaluation, images, ids=ids, draw=draw, background=background)
@@ -157,11 +164,12 @@ def integrated_gradients(
         steps = torch.full_like(used, spec.steps)
         if spec.tolerance is not None:
             part, steps = _refine(evaluation, images, base, target, spec, part, difference)
+            missed |= _open(part, difference, spec.tolerance)
         total += part / spec.baselines
         error += (part.flatten(1).double().sum(1) - difference).abs() / spec.baselines
         change += difference / spec.baselines
         used = torch.maximum(used, steps)
-    return Explained(total, target, error, change, used)
+    return Explained(total, target, error, change, used, missed=None if spec.tolerance is None else missed)
 
 
 def expected_gradients(

@@ -107,3 +107,24 @@ def test_a_map_says_something_and_depends_on_no_other_image(network, method):
     order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
     assert torch.equal(explained(network(), method, order), whole[order])
     assert torch.equal(explained(network(), method, slice(5, 6))[0], whole[5])
+
+
+class Rounded(nn.Module):
+    """A network without a gradient by its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(C * H * W, K)
+
+    def forward(self, x):
+        return self.fc((x.flatten(1) * 4).round())
+
+
+@pytest.mark.parametrize("method", ["occlusion", "permutation-shap", "exact-shap"])
+def test_methods_that_hide_need_no_gradient(method):
+    class Detached(Rounded):
+        def forward(self, x):
+            return super().forward(x.detach())
+
+    assert torch.equal(explained(Detached(), method), explained(Rounded(), method))
+    assert (explained(Rounded(), method).abs().amax((1, 2, 3)) > 0).all()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PREFIX, FEATURES = "score.", "features."  # of the columns of a stream of scores
 SHARED = 16  # chunks whose chance bands are kept for the next method
-SIGNED = ("ig", "shap", "input-x-gradient")
+SIGNED = ("ig", "shap", "input-x-gradient", "occlusion", "grad-cam", "permutation-shap", "exact-shap")
 
 
 class Judge:

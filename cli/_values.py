@@ -51,6 +51,14 @@ def size(text: str, *, option: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def grid(text: str, *, option: str) -> tuple[int, int]:
+    """N or RxC, such as 8 or 3x4: blocks down and across."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isdecimal() and int(p) for p in parts):
+        raise Usage(f"{option}: got {text!r}, expected N or RxC such as 8 or 3x4")
+    return int(parts[0]), int(parts[-1])
+
+
 def block(value: int) -> int:
     """A block size: a multiple of 32."""
     if value % 32:

@@ -11,7 +11,7 @@ import typer
 from rbkit.cli import _history, _io, _values
 from rbkit.cli._app import note, program
 from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
-from rbkit.cli._errors import Input, Usage
+from rbkit.cli._errors import Input, Usage, blame
 from rbkit.cli._options import (
     BLOCK,
     DOCUMENT_LIMIT,
@@ -37,9 +37,13 @@ if TYPE_CHECKING:
     from rbkit.tools.models import Evaluation
     from rbkit.tools.saliency import Saliency
 
-METHODS = ("gradient", "input-x-gradient", "ig", "smoothgrad", "shap")
+METHODS = (
+    "gradient", "input-x-gradient", "ig", "smoothgrad", "shap", "occlusion", "grad-cam", "guided-backprop",
+    "permutation-shap", "exact-shap",
+)  # fmt: skip
 OUTPUTS = ("logit", "probability", "log-probability")
 BASELINES = ("black", "white", "mean", "blur", "uniform", "data")
+MASKERS = ("black", "mean", "blur", "data")
 OF = ("auto", "image", "adversarial")
 
 
@@ -78,7 +82,7 @@ def saliency(
         int, typer.Option("--baselines", metavar="N", min=1, help="ig: draws of uniform or data to average over.")
     ] = 1,
     samples: Annotated[
-        int, typer.Option("--samples", metavar="N", min=1, help="smoothgrad, shap: draws per image.")
+        int, typer.Option("--samples", metavar="N", min=1, help="smoothgrad, shap, permutation-shap: draws per image.")
     ] = 50,
     sigma: Annotated[str, typer.Option("--sigma", metavar="X", help="smoothgrad: noise in [0, 1] pixels.")] = "0.1",
     background: Annotated[
@@ -86,10 +90,59 @@ def saliency(
         typer.Option(
             "--background",
             metavar="FILE",
-            help="shap, baseline data: a stream of reference images.",
+            help="shap, --baseline data, --masker data: a stream of reference images.",
             show_default=False,
         ),
     ] = None,
+    masker: Annotated[
+        str,
+        typer.Option(
+            "--masker",
+            metavar="|".join(MASKERS),
+            help="occlusion, permutation-shap, exact-shap: what hidden pixels take; data takes --background.",
+        ),
+    ] = "mean",
+    players: Annotated[
+        str | None,
+        typer.Option(
+            "--players",
+            metavar="N|RxC",
+            help="permutation-shap, exact-shap: blocks per side, or down and across; default 8, for exact-shap 3.",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window",
+            metavar="N",
+            min=1,
+            help="occlusion: side of the square, in pixels; default a quarter of the image's shorter side.",
+            show_default=False,
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride",
+            metavar="N",
+            min=1,
+            help="occlusion: step of the square, in pixels; default half of the window.",
+            show_default=False,
+        ),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            "--layer",
+            metavar="NAME",
+            help="grad-cam: layer of the feature map; default the last map before the head.",
+            show_default=False,
+        ),
+    ] = None,
+    signed: Annotated[
+        bool, typer.Option("--signed", help="grad-cam: keep negative values, which the paper drops.")
+    ] = False,
     seed: Seed = 0,
     block: Block = BLOCK,
     arch: ArchName = None,
@@ -104,7 +157,7 @@ def saliency(
     """Explain a model's outputs on each image of a stream.
 
     The output holds what came in plus attribution (float32, signed, one value per pixel and channel), target, and
-    where the method has them completeness_error, output_change, steps and standard_error.
+    where the method has them completeness_error, output_change, steps, standard_error and block_standard_error.
     """
     options = dict(locals())
     spec = _spec(options)
@@ -119,16 +172,25 @@ def saliency(
     )
     stream = _io.chunks(source, shard=part, max_document=max_document)
     with _io.Sink(output, no_history=no_history) as sink:
-        evaluation = subject.evaluation(block)
+        evaluation, missed = subject.evaluation(block), 0
         for chunk in watched(checked(stream, subject), tool="rb-saliency", options=options):
-            arrays, explained_of = _explain_chunk(options, spec, evaluation, reference, chunk)
+            arrays, explained_of, above = _explain_chunk(options, spec, evaluation, reference, chunk)
+            missed += above
             sink.write(arrays, _meta(chunk, spec, options, subject, explained_of, entry), last=chunk.last)
+    if missed and not quiet:
+        note("rb-saliency", f"{missed} maps are above --ig-tolerance {tolerance:g}; try a larger --max-steps")
 
 
 def _spec(options: dict[str, Any]) -> Saliency:
     from rbkit.tools.saliency import Saliency
 
-    for name, allowed in (("method", METHODS), ("explain", OUTPUTS), ("of", OF), ("baseline", BASELINES)):
+    for name, allowed in (
+        ("method", METHODS),
+        ("explain", OUTPUTS),
+        ("of", OF),
+        ("baseline", BASELINES),
+        ("masker", MASKERS),
+    ):
         _values.choice(options[name], allowed, option=f"--{name}")
     _values.block(options["block"])
     if options["target"] not in ("predicted", "label") and not options["target"].isdecimal():
@@ -141,16 +203,24 @@ def _spec(options: dict[str, Any]) -> Saliency:
         raise Usage(
             f"--baselines {options['baselines']} goes with --baseline uniform or data; {options['baseline']} has one"
         )
-    return Saliency(
+    if options["method"] == "occlusion" and options["masker"] == "data":
+        raise Usage("--method occlusion hides with --masker black, mean or blur, not with data")
+    down, across = (None, None) if options["players"] is None else _values.grid(options["players"], option="--players")
+    spec = Saliency(
         options["method"], output=options["explain"], steps=options["steps"], samples=options["samples"],
         sigma=_values.number(options["sigma"], option="--sigma"), baseline=options["baseline"], baselines=options["baselines"],
         tolerance=options["tolerance"], max_steps=options["max_steps"], seed=options["seed"],
+        masker=options["masker"], window=options["window"], stride=options["stride"],
+        layer=options["layer"], signed=options["signed"], players=down, players_across=across,
     )  # fmt: skip
+    if spec.needs_background and options["background"] is None:
+        raise Usage(f"--method {spec.method} --masker data needs --background FILE")
+    return spec
 
 
 def _explain_chunk(
     options: dict[str, Any], spec: Saliency, evaluation: Evaluation, reference: Any, chunk: Chunk
-) -> tuple[dict[str, Any], str]:
+) -> tuple[dict[str, Any], str, int]:
     from rbkit.tools.saliency import explain
     from rbkit.tools.train import as_float
 
@@ -160,12 +230,16 @@ def _explain_chunk(
         raise Input(f"{chunk.place}: no tensor named {of}; try --of image")
     images = as_float(to_tensor(chunk.arrays[of], device))
     target = _target(options, evaluation, images, chunk)
-    found = explain(evaluation, images, target, spec, ids=to_tensor(chunk.arrays["id"], device), background=reference)
+    ids = to_tensor(chunk.arrays["id"], device)
+    with blame(Usage, ValueError, prefix=f"--method {spec.method}: "):
+        found = explain(evaluation, images, target, spec, ids=ids, background=reference)
     columns = {
         "attribution": found.attribution, "target": found.target, "completeness_error": found.completeness_error,
         "output_change": found.output_change, "steps": found.steps, "standard_error": found.standard_error,
+        "block_standard_error": found.block_standard_error,
     }  # fmt: skip
-    return {**chunk.arrays, **{k: v.cpu().numpy() for k, v in columns.items() if v is not None}}, of
+    arrays = {**chunk.arrays, **{k: v.cpu().numpy() for k, v in columns.items() if v is not None}}
+    return arrays, of, 0 if found.missed is None else int(found.missed.sum())
 
 
 def _target(options: dict[str, Any], evaluation: Evaluation, images: torch.Tensor, chunk: Chunk) -> torch.Tensor:

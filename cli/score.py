@@ -60,7 +60,7 @@ def score(
         typer.Option(
             "--reduce",
             metavar="auto|signed|abs",
-            help="Channels of a map: sum, or sum of absolute values; auto: signed for ig, shap, input-x-gradient.",
+            help="Channels of a map: sum, or sum of absolute values; auto: absolute for gradient, smoothgrad and guided-backprop, else signed.",
         ),
     ] = "auto",
     n: Annotated[

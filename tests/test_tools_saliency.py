@@ -16,6 +16,7 @@ from rbkit.tools.saliency import METHODS, Saliency, explain
 
 IDS = torch.arange(N) * 5 + 2
 TARGET = torch.arange(N) % K
+PIXELWISE = ("gradient", "input-x-gradient", "ig", "smoothgrad", "shap")  # the others give blocks of pixels one value
 
 
 def explained(model, x=None, *, target=TARGET, ids=IDS, background=None, block=32, **spec):
@@ -95,7 +96,7 @@ def test_a_pixel_that_the_model_ignores_gets_nothing():
     with torch.no_grad():
         model.net[1].weight[:, 17] = 0
     background = images(9, seed=6)
-    for method in METHODS:
+    for method in PIXELWISE:
         found = explained(model, method=method, steps=3, samples=5, background=background)
         flat = found.attribution.flatten(1)
         assert (flat[:, 17] == 0).all() and (flat[:, 16] != 0).all()
@@ -147,6 +148,7 @@ def test_refinement_meets_its_tolerance_and_equals_the_plain_rule():
     plain = explained(model, x, method="ig", steps=4)
     found = explained(model, x, method="ig", steps=4, tolerance=0.01, max_steps=4096)
     assert (found.completeness_error <= 0.01 * found.output_change.abs().clamp_min(1e-3)).all()
+    assert not found.missed.any()
     steps = found.steps.tolist()
     assert len(set(steps)) > 1 and all(s & (s - 1) == 0 and 4 <= s <= 4096 for s in steps)
     for row, count in enumerate(steps):
@@ -161,7 +163,32 @@ def test_refinement_meets_its_tolerance_and_equals_the_plain_rule():
 
 def test_refinement_stops_at_max_steps():
     found = explained(convnet(), method="ig", steps=3, tolerance=1e-12, max_steps=13)
-    assert found.steps.tolist() == [12] * N
+    assert found.steps.tolist() == [12] * N and found.missed.all()
+    assert explained(convnet(), method="ig", steps=3).missed is None
+
+
+def test_what_missed_its_tolerance_is_told_by_row():
+    spec = {"method": "ig", "steps": 2, "max_steps": 32, "output": "probability", "seed": 2}
+    found = explained(convnet(), tolerance=0.01, **spec)
+    assert 0 < int(found.missed.sum()) < N and (found.steps[found.missed] == 32).all()
+    assert torch.equal(found.missed, found.completeness_error > 0.01 * found.output_change.abs().clamp_min(1e-3))
+    # Of several baselines, any: what the first few missed stays missed.
+    before = torch.zeros(N, dtype=torch.bool)
+    for baselines in range(1, 7):
+        found = explained(convnet(), tolerance=0.1, baseline="uniform", baselines=baselines, **spec)
+        assert not (before & ~found.missed).any()
+        before = found.missed
+    assert before.any()
+
+
+def test_refinement_of_a_map_depends_on_no_other_image():
+    spec = {"method": "ig", "steps": 4, "tolerance": 0.01, "max_steps": 4096}
+    whole = explained(convnet(), **spec)
+    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
+    other = explained(convnet(), images()[order], target=TARGET[order], ids=IDS[order], **spec)
+    assert torch.equal(other.attribution, whole.attribution[order]) and torch.equal(other.steps, whole.steps[order])
+    alone = explained(convnet(), images()[4:5], target=TARGET[4:5], ids=IDS[4:5], **spec)
+    assert torch.equal(alone.attribution[0], whole.attribution[4]) and int(alone.steps[0]) == int(whole.steps[4])
 
 
 # ------------------------------------------------------------------------------------- smoothgrad, shap
@@ -236,7 +263,7 @@ def test_a_map_depends_on_no_other_image(method):
         assert torch.equal(alone.attribution[0], whole[row])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PIXELWISE)
 def test_only_whole_blocks_are_computed(method, monkeypatch):
     """Memory is flat in steps and samples: no pass is larger than the block, and few slots are wasted."""
     model, background, seen = evaluation(convnet()), images(9, seed=6), []

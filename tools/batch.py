@@ -72,8 +72,7 @@ class Batch:
     def can_explain(self) -> bool:
         """Whether the attribution can be made again: some methods need background images."""
         spec = self.saliency
-        needy = spec is not None and (spec.method == "shap" or (spec.method == "ig" and spec.baseline == "data"))
-        return spec is not None and (self.background is not None or not needy)
+        return spec is not None and (self.background is not None or not spec.needs_background)
 
     def with_maps(self, maps: Tensor) -> Batch:
         """The same batch with other maps (N, H, W) of no method, sharing what does not depend on them."""

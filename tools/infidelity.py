@@ -15,7 +15,8 @@ from rbkit.tools.models import in_blocks
 from rbkit.tools.rowwise import TINY, correlation
 from rbkit.tools.saliency import output_of, values
 
-GRADIENTS = ("gradient", "smoothgrad")  # they say how the output changes per pixel value; other methods, by how much
+# They say how the output changes per pixel value; other methods, by how much.
+GRADIENTS = ("gradient", "smoothgrad", "guided-backprop")
 SQUARES = 32
 SUBSETS = 32  # per size
 SHARES = (1 / 32, 1 / 8, 1 / 2)  # of the locations, the n of sensitivity-n

@@ -1,6 +1,7 @@
-"""Attributions: gradient, input x gradient, integrated gradients, SmoothGrad and expected gradients (SHAP).
+"""Attributions: the table of methods, and those that average gradients: gradient, input x gradient, integrated
+gradients, SmoothGrad and expected gradients (SHAP).
 
-Every method is a mean, over path points or samples, of gradients of a scalar output; (image, point) pairs of many
+Each of these is a mean, over path points or samples, of gradients of a scalar output; (image, point) pairs of many
 images stream through padded blocks, so that memory is flat in the number of steps and blocks are always full.
 Attributions are unreduced and signed, (N, C, H, W), in pixel space.
 """
@@ -8,104 +9,22 @@ Attributions are unreduced and signed, (N, C, H, W), in pixel space.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rbkit.tools import random
+from rbkit.tools.attribution import OUTPUTS as OUTPUTS
+from rbkit.tools.attribution import Explained, Saliency, accumulated, output_of, per_row, values
+from rbkit.tools.gradcam import grad_cam
+from rbkit.tools.guided import guided_backprop
+from rbkit.tools.masking import blurred as blurred
+from rbkit.tools.masking import filler
 from rbkit.tools.models import Evaluation
+from rbkit.tools.occlusion import occlusion
+from rbkit.tools.shapley import exact_shap, permutation_shap
 
-OUTPUTS = ("logit", "probability", "log-probability")
 BASELINES = ("black", "white", "mean", "blur", "uniform", "data")
-BLUR_SIGMA = 4.0  # pixels
-
-
-@dataclass(frozen=True)
-class Saliency:
-    """Parameters of an attribution, as recorded.
-
-    output: what is explained, of the `target` class. steps: points of a path; samples: noise draws or background
-    images. sigma: SmoothGrad's noise, in [0, 1] pixels. baseline: a key of BASELINES; `baselines` uniform draws are
-    averaged. tolerance: refine steps until the completeness error is below it times the change of output.
-    """
-
-    method: str
-    output: str = "logit"
-    steps: int = 50
-    samples: int = 50
-    sigma: float = 0.1
-    baseline: str = "black"
-    baselines: int = 1
-    tolerance: float | None = None
-    max_steps: int = 1600
-    seed: int = 0
-
-
-@dataclass
-class Explained:
-    """Attribution (N, C, H, W); per row the target, completeness error |sum - (F(x) - F(baseline))|, steps used and,
-    for shap, the standard error of the attribution's sum (None where a method has no such thing)."""
-
-    attribution: Tensor
-    target: Tensor
-    completeness_error: Tensor | None = None
-    output_change: Tensor | None = None
-    steps: Tensor | None = None
-    standard_error: Tensor | None = None
-
-
-def output_of(logits: Tensor, target: Tensor, output: str) -> Tensor:
-    """The explained scalar per row, (N,)."""
-    if output == "probability":
-        logits = F.softmax(logits, dim=1)
-    elif output == "log-probability":
-        logits = F.log_softmax(logits, dim=1)
-    return logits.gather(1, target[:, None])[:, 0]
-
-
-def values(evaluation: Evaluation, images: Tensor, target: Tensor, output: str) -> Tensor:
-    """The explained output of images (N, C, H, W), float64 (N,)."""
-    return output_of(evaluation.logits(images), target, output).double()
-
-
-def gradients(evaluation: Evaluation, images: Tensor, target: Tensor, output: str) -> Tensor:
-    """Gradient of the output of one padded block with respect to its images."""
-    images = images.detach().requires_grad_()
-    with torch.enable_grad():
-        total = output_of(evaluation(images), target, output).sum()
-    return torch.autograd.grad(total, images)[0]
-
-
-Point = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def accumulated(
-    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, points: int, point: Point
-) -> tuple[Tensor, Tensor]:
-    """Sum over `points` of factor x gradient for each image, in blocks of (image, point) pairs.
-
-    point(rows, numbers) gives the images at which to differentiate (B, C, H, W) and the factors that broadcast to
-    them. Returns the sum (N, C, H, W) and the sum of squares of the pairs' totals, float64 (N,). Pairs are added one
-    by one in the order of their numbers, so that the result does not depend on where blocks begin.
-    """
-    block = evaluation.block
-    total = torch.zeros_like(images)
-    square = torch.zeros(len(images), dtype=torch.float64, device=images.device)
-    pairs = len(images) * points
-    for start in range(0, pairs, block):
-        index = torch.arange(start, start + block, device=images.device).clamp_max(pairs - 1)
-        rows, numbers = index // points, index % points
-        at, factor = point(rows, numbers)
-        found = (factor * gradients(evaluation, at, target[rows], spec.output))[: pairs - start]
-        total.index_add_(0, rows[: pairs - start], found)
-        square.index_add_(0, rows[: pairs - start], found.flatten(1).double().sum(1) ** 2)
-    return total, square
-
-
-def _rows(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
 
 
 def gradient(
@@ -145,21 +64,8 @@ def smoothgrad(
     return Explained(total, target)
 
 
-def blurred(images: Tensor, sigma: float = BLUR_SIGMA) -> Tensor:
-    """Gaussian blur per channel with reflected borders (the kernel is cut at the image's own size)."""
-    for axis in (2, 3):
-        radius = min(int(3 * sigma + 0.5), images.shape[axis] - 1)
-        offset = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-        kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
-        kernel = (kernel / kernel.sum()).view(1, 1, -1, 1) if axis == 2 else (kernel / kernel.sum()).view(1, 1, 1, -1)
-        pad = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
-        flat = F.pad(images.flatten(0, 1)[:, None], pad, mode="reflect")
-        images = F.conv2d(flat, kernel).reshape(images.shape)
-    return images.clamp(0, 1)
-
-
 def baseline_of(
-    spec: Saliency, images: Tensor, *, ids: Tensor, draw: int, mean: Tensor, background: Tensor | None
+    spec: Saliency, evaluation: Evaluation, images: Tensor, *, ids: Tensor, draw: int, background: Tensor | None
 ) -> Tensor:
     """The start of the path for each image, in pixel space (N, C, H, W).
 
@@ -168,17 +74,13 @@ def baseline_of(
     """
     if spec.baseline == "white":
         return torch.ones_like(images)
-    if spec.baseline == "mean":
-        return mean.clamp(0, 1).expand_as(images).clone()
-    if spec.baseline == "blur":
-        return blurred(images)
     if spec.baseline == "uniform":
         return random.uniform(ids, tuple(images.shape[1:]), seed=spec.seed, purpose="baseline", draw=draw)
     if spec.baseline == "data":
         if background is None:
             raise ValueError("baseline data needs background images; try --background FILE")
         return background[random.integers(ids, len(background), seed=spec.seed, purpose="baseline", draw=draw)]
-    return torch.zeros_like(images)
+    return filler(spec.baseline, evaluation, images)
 
 
 def _path_sum(
@@ -193,7 +95,7 @@ def _path_sum(
     """Sum of weight x gradient along the straight path from `base`, times the whole step."""
 
     def point(rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.lerp(base[rows], images[rows], _rows(alphas[numbers])), _rows(weights[numbers])
+        return torch.lerp(base[rows], images[rows], per_row(alphas[numbers])), per_row(weights[numbers])
 
     total, _ = accumulated(evaluation, images, target, spec, points=len(alphas), point=point)
     return total * (images - base)
@@ -207,6 +109,12 @@ def _trapezoid(steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return alphas, weights
 
 
+def _open(part: Tensor, difference: Tensor, tolerance: float) -> Tensor:
+    """Which completeness errors are above the tolerance times the change of output, bool (N,)."""
+    error = (part.flatten(1).double().sum(1) - difference).abs()
+    return error > tolerance * difference.abs().clamp_min(1e-3)
+
+
 def _refine(
     evaluation: Evaluation, images: Tensor, base: Tensor, target: Tensor, spec: Saliency, total: Tensor, change: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -218,8 +126,7 @@ def _refine(
     used = torch.full((len(images),), spec.steps, device=images.device)
     steps = spec.steps
     while 2 * steps <= spec.max_steps:
-        error = (total.flatten(1).double().sum(1) - change).abs()
-        open_ = (error > spec.tolerance * change.abs().clamp_min(1e-3)).nonzero()[:, 0]
+        open_ = _open(total, change, spec.tolerance).nonzero()[:, 0]
         if not len(open_):
             break
         middles = (torch.arange(steps, device=images.device) + 0.5) / steps
@@ -242,24 +149,27 @@ def integrated_gradients(
 ) -> Explained:
     """Integrated gradients (Sundararajan et al. 2017, eq. 1) by the trapezoid rule, averaged over baselines.
 
-    The completeness error is the mean over baselines of |sum of attributions - (F(x) - F(baseline))|.
+    The completeness error is the mean over baselines of |sum of attributions - (F(x) - F(baseline))|; with a tolerance,
+    `missed` says where that of some baseline stayed above it.
     """
     top = values(evaluation, images, target, spec.output)
     total, error, change = torch.zeros_like(images), torch.zeros_like(top), torch.zeros_like(top)
     used = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    missed = torch.zeros_like(used, dtype=torch.bool)
     alphas, weights = _trapezoid(spec.steps, images.device)
     for draw in range(spec.baselines):
-        base = baseline_of(spec, images, ids=ids, draw=draw, mean=evaluation.model.mean, background=background)
+        base = baseline_of(spec, evaluation, images, ids=ids, draw=draw, background=background)
         difference = top - values(evaluation, base, target, spec.output)
         part = _path_sum(evaluation, images, base, target, spec, alphas, weights)
         steps = torch.full_like(used, spec.steps)
         if spec.tolerance is not None:
             part, steps = _refine(evaluation, images, base, target, spec, part, difference)
+            missed |= _open(part, difference, spec.tolerance)
         total += part / spec.baselines
         error += (part.flatten(1).double().sum(1) - difference).abs() / spec.baselines
         change += difference / spec.baselines
         used = torch.maximum(used, steps)
-    return Explained(total, target, error, change, used)
+    return Explained(total, target, error, change, used, missed=None if spec.tolerance is None else missed)
 
 
 def expected_gradients(
@@ -284,7 +194,7 @@ def expected_gradients(
         chosen = random.integers(ids[rows], len(background), seed=spec.seed, purpose="shap background", draw=numbers)
         alpha = random.uniform(ids[rows], (1,), seed=spec.seed, purpose="shap alpha", draw=numbers)[:, 0]
         base = background[chosen]
-        return torch.lerp(base, images[rows], _rows(alpha)), images[rows] - base
+        return torch.lerp(base, images[rows], per_row(alpha)), images[rows] - base
 
     total, square = accumulated(evaluation, images, target, spec, points=spec.samples, point=point)
     mean = total / spec.samples
@@ -302,6 +212,11 @@ METHODS: dict[str, Callable[..., Explained]] = {
     "ig": integrated_gradients,
     "smoothgrad": smoothgrad,
     "shap": expected_gradients,
+    "occlusion": occlusion,
+    "grad-cam": grad_cam,
+    "guided-backprop": guided_backprop,
+    "permutation-shap": permutation_shap,
+    "exact-shap": exact_shap,
 }
 
 

@@ -1,0 +1,121 @@
+"""What every attribution is made of: its parameters, its result, the explained output and its gradient in padded blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rbkit.tools.models import Evaluation
+
+OUTPUTS = ("logit", "probability", "log-probability")
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """Parameters of an attribution, as recorded.
+
+    output: what is explained, of the `target` class. steps: points of a path; samples: noise draws or background
+    images. sigma: SmoothGrad's noise, in [0, 1] pixels. baseline: a key of BASELINES; `baselines` uniform draws are
+    averaged. tolerance: refine steps until the completeness error is below it times the change of output.
+    masker: what hidden pixels take, a key of MASKERS. window, stride: side and step of the square that occlusion moves,
+    in pixels (None: a quarter of the shorter side, half of the window). layer: whose feature map grad-cam takes (None:
+    the last before the head); signed: grad-cam keeps negative values. players: blocks of pixels down, and across unless
+    players_across says (None: 8 per side over permutations, 3 for exact values).
+    """
+
+    method: str
+    output: str = "logit"
+    steps: int = 50
+    samples: int = 50
+    sigma: float = 0.1
+    baseline: str = "black"
+    baselines: int = 1
+    tolerance: float | None = None
+    max_steps: int = 1600
+    seed: int = 0
+    masker: str = "mean"
+    window: int | None = None
+    stride: int | None = None
+    layer: str | None = None
+    signed: bool = False
+    players: int | None = None
+    players_across: int | None = None
+
+    @property
+    def needs_background(self) -> bool:
+        """Whether the method draws on background images."""
+        shapley = self.method in ("permutation-shap", "exact-shap") and self.masker == "data"
+        return shapley or self.method == "shap" or (self.method == "ig" and self.baseline == "data")
+
+
+@dataclass
+class Explained:
+    """Attribution (N, C, H, W); per row the target, completeness error |sum - (F(x) - F(baseline))|, steps used,
+    the standard error of the attribution's sum, and those of the values of blocks of pixels (N, down, across); whether the
+    error stayed above the tolerance; None where a method has no such thing."""
+
+    attribution: Tensor
+    target: Tensor
+    completeness_error: Tensor | None = None
+    output_change: Tensor | None = None
+    steps: Tensor | None = None
+    standard_error: Tensor | None = None
+    block_standard_error: Tensor | None = None
+    missed: Tensor | None = None
+
+
+def output_of(logits: Tensor, target: Tensor, output: str) -> Tensor:
+    """The explained scalar per row, (N,)."""
+    if output == "probability":
+        logits = F.softmax(logits, dim=1)
+    elif output == "log-probability":
+        logits = F.log_softmax(logits, dim=1)
+    return logits.gather(1, target[:, None])[:, 0]
+
+
+def values(evaluation: Evaluation, images: Tensor, target: Tensor, output: str) -> Tensor:
+    """The explained output of images (N, C, H, W), float64 (N,)."""
+    return output_of(evaluation.logits(images), target, output).double()
+
+
+def gradients(evaluation: Evaluation, images: Tensor, target: Tensor, output: str) -> Tensor:
+    """Gradient of the output of one padded block with respect to its images."""
+    images = images.detach().requires_grad_()
+    with torch.enable_grad():
+        total = output_of(evaluation(images), target, output).sum()
+    return torch.autograd.grad(total, images)[0]
+
+
+Point = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def accumulated(
+    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, points: int, point: Point
+) -> tuple[Tensor, Tensor]:
+    """Sum over `points` of factor x gradient for each image, in blocks of (image, point) pairs.
+
+    point(rows, numbers) gives the images at which to differentiate (B, C, H, W) and the factors that broadcast to
+    them. Returns the sum (N, C, H, W) and the sum of squares of the pairs' totals, float64 (N,). Pairs are added one
+    by one in the order of their numbers, so that the result does not depend on where blocks begin.
+    """
+    block = evaluation.block
+    total = torch.zeros_like(images)
+    square = torch.zeros(len(images), dtype=torch.float64, device=images.device)
+    pairs = len(images) * points
+    for start in range(0, pairs, block):
+        index = torch.arange(start, start + block, device=images.device).clamp_max(pairs - 1)
+        rows, numbers = index // points, index % points
+        at, factor = point(rows, numbers)
+        found = (factor * gradients(evaluation, at, target[rows], spec.output))[: pairs - start]
+        total.index_add_(0, rows[: pairs - start], found)
+        square.index_add_(0, rows[: pairs - start], found.flatten(1).double().sum(1) ** 2)
+    return total, square
+
+
+def per_row(values: Tensor) -> Tensor:
+    """Values (N,) that broadcast to images, (N, 1, 1, 1)."""
+    return values[:, None, None, None]

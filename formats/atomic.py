@@ -57,16 +57,27 @@ class AtomicFile:
             self.file: BinaryIO = Path(path).open("wb", buffering=0)  # noqa: SIM115
             return
         remove_orphans(self.target)
-        self.temporary = self.target.parent / f"{_prefix(self.target)}{os.getpid()}.{secrets.token_hex(4)}"
-        _unfinished.add(self.temporary)
+        temporary = self.target.parent / f"{_prefix(self.target)}{os.getpid()}.{secrets.token_hex(4)}"
+        _unfinished.add(temporary)
         try:
-            fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self.file = self._create(temporary)
         except OSError as error:  # name what was asked for, not the temporary file
+            temporary.unlink(missing_ok=True)
+            _unfinished.discard(temporary)
             raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if self.target.exists():
-            os.fchmod(fd, stat.S_IMODE(self.target.stat().st_mode))
-        self.file = os.fdopen(fd, "w+b")
+        self.temporary = temporary
+
+    def _create(self, temporary: Path) -> BinaryIO:
+        """The temporary file, locked for as long as it is open, with the mode of the file that it will replace."""
+        file = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "w+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.target.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(self.target.stat().st_mode))
+        except OSError:
+            file.close()
+            raise
+        return file
 
     @property
     def in_place(self) -> bool:

@@ -211,7 +211,7 @@ def _batch(chunk: Chunk, evaluation: Any, run: Judge) -> Batch:
     return Batch(
         evaluation, tensor("id"), image, label=label, adversarial=tensor("adversarial"), norm=attack.get("norm", "l2"),
         eps=attack.get("eps"), attack_target=tensor("attack_target"), attribution=tensor("attribution"), explained=explained,
-        target=tensor("target"), saliency=spec, mask=tensor("mask"), cue_mask=tensor("cue_mask"), completeness=tensor("completeness_error"),
+        distance=tensor("distance"), target=tensor("target"), saliency=spec, mask=tensor("mask"), cue_mask=tensor("cue_mask"), completeness=tensor("completeness_error"),
         inverted=tensor("inverted"), start=tensor("start"), fit=image if inversion.get("mode", "representation") == "representation" else None,
         judge=run.referee, background=run.background, signed=signed,
     )  # fmt: skip
@@ -231,7 +231,7 @@ def _about(chunk: Chunk, model: Model, batch: Batch, judge: str | None) -> dict[
             "attack": attack["name"],
             "norm": attack["norm"],
             "eps": attack["eps"],
-            "crafted_on": attack.get("model"),
+            "crafted_on": attack.get("surrogate") or attack.get("model"),
         }
     for kind, key in (("attributions", "saliency"), ("inversions", "inversion"), ("adversarial", "attack")):
         if chunk.meta["kind"] == kind:

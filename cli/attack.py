@@ -12,8 +12,8 @@ import typer
 
 from rbkit.cli import _history, _io, _values
 from rbkit.cli._app import note, program
-from rbkit.cli._compute import Model, load_model, set_up, to_tensor
-from rbkit.cli._errors import Usage
+from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
+from rbkit.cli._errors import Input, Usage
 from rbkit.cli._options import (
     BLOCK,
     DOCUMENT_LIMIT,
@@ -41,15 +41,26 @@ if TYPE_CHECKING:
     from rbkit.tools.attack import Attack, Attacked
     from rbkit.tools.models import Evaluation
 
-NAMES = ("fgsm", "pgd")
+Models = tuple[Model, Model | None]  # the attacked one, and the surrogate that images are made on
+NAMES = ("fgsm", "pgd", "apgd-ce", "apgd-dlr", "apgd-t", "square", "fab-t", "auto")
 LOSSES = ("ce", "margin", "dlr")
+APGD = ("apgd-ce", "apgd-dlr", "apgd-t")
+TAKES = {  # options that not every attack has, and those that have them
+    "steps": ("fgsm", "pgd", *APGD, "fab-t", "auto"),  # fgsm: recorded, and of no effect
+    "step_size": ("fgsm", "pgd"),
+    "queries": ("square", "auto"),
+    "start": ("fgsm", "pgd", *APGD),
+    "loss": ("fgsm", "pgd"),
+    "targeted": ("fgsm", "pgd"),
+}
 
 
 def attack(
     model: ModelFile,
     source: Source = "-",
     attack: Annotated[
-        str, typer.Option("--attack", metavar="|".join(NAMES), help="fgsm: one step of eps from the clean image.")
+        str,
+        typer.Option("--attack", metavar="|".join(NAMES), help="auto: apgd-ce, apgd-t, fab-t and square in sequence."),
     ] = "pgd",
     norm: Norm = "l2",
     eps: Annotated[
@@ -61,7 +72,26 @@ def attack(
             show_default=False,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="pgd: gradient steps per restart.")] = 20,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            metavar="N",
+            min=1,
+            help="Gradient steps per restart, and per target of apgd-t and fab-t. Default 20 (pgd), 100 (others).",
+            show_default=False,
+        ),
+    ] = None,
+    queries: Annotated[
+        int | None,
+        typer.Option(
+            "--queries",
+            metavar="N",
+            min=1,
+            help="square, auto: forward passes of the random search per restart; default 5000.",
+            show_default=False,
+        ),
+    ] = None,
     step_size: Annotated[
         str | None,
         typer.Option(
@@ -76,28 +106,45 @@ def attack(
         typer.Option(
             "--start",
             metavar="random|clean",
-            help="Uniform in the ball (pgd's default) or the image (fgsm's).",
+            help="Uniform in the ball (default of pgd and apgd) or the image (fgsm's).",
             show_default=False,
         ),
     ] = None,
     loss: Annotated[
-        str, typer.Option("--loss", metavar="|".join(LOSSES), help="What is raised: cross-entropy, margin, or DLR.")
-    ] = "ce",
+        str | None,
+        typer.Option(
+            "--loss",
+            metavar="|".join(LOSSES),
+            help="fgsm, pgd: what is raised, cross-entropy (default), margin, or DLR.",
+            show_default=False,
+        ),
+    ] = None,
     targeted: Annotated[
-        bool, typer.Option("--targeted", help="Towards another class: --target, else a random one per example.")
+        bool,
+        typer.Option("--targeted", help="fgsm, pgd: towards another class: --target, else a random one per example."),
     ] = False,
     target: Annotated[
         int | None,
         typer.Option("--target", metavar="K", min=0, help="The class that --targeted aims at.", show_default=False),
     ] = None,
     until: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--until",
             metavar="broken|end",
-            help="Leave an example once it is broken, or take all steps and keep the worst.",
+            help="Leave an example once it is broken, or take all steps and keep the worst (default of fab-t).",
+            show_default=False,
         ),
-    ] = "broken",
+    ] = None,
+    surrogate: Annotated[
+        str | None,
+        typer.Option(
+            "--surrogate",
+            metavar="MODEL",
+            help="Make the images on this model, to the end; whether they broke is told by --model.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     refill: Annotated[
         bool, typer.Option("--refill/--no-refill", help="Give the slot of a broken example to the next one.")
@@ -123,24 +170,42 @@ def attack(
     part = _values.shard(shard)
     place = set_up(device, threads)
     victim = load_model(model, archs=arch, device=place)
+    maker = None if surrogate is None else _surrogate(surrogate, victim, archs=arch, device=place)
     with _io.Sink(output, no_history=no_history) as sink:
         if len(radii) > 1 and not sink.many:
             raise Usage(
                 f"{len(radii)} radii give {len(radii)} streams; write them to a name ending in .rbs, or to a pipe"
             )
         stream = _io.chunks(source, shard=part, max_document=max_document)
-        _attack_all(options, radii, victim, stream, sink)
+        _attack_all(options, radii, (victim, maker), stream, sink)
+
+
+def _surrogate(path: str, victim: Model, *, archs: list[str] | None, device: Any) -> Model:
+    """The model that images are made on. Raises: Input where its classes or its input are not the victim's."""
+    model = load_model(path, archs=archs, device=device)
+    if model.classes != victim.classes:
+        raise Input(f"{path}: a model of {model.classes} classes, the attacked one has {victim.classes}")
+    sizes = (model.meta.get("input"), victim.meta.get("input"))
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise Input(f"{path}: takes images of {sizes[0]}, the attacked model of {sizes[1]}")
+    return model
 
 
 def _radii(options: dict[str, Any]) -> list[float]:
     """The radii, after all options were checked."""
     _values.choice(options["attack"], NAMES, option="--attack")
     _values.choice(options["norm"], ("l2", "linf"), option="--norm")
-    _values.choice(options["loss"], LOSSES, option="--loss")
-    _values.choice(options["until"], ("broken", "end"), option="--until")
+    for name, allowed in (("loss", LOSSES), ("until", ("broken", "end")), ("start", ("random", "clean"))):
+        if options[name] is not None:
+            _values.choice(options[name], allowed, option=f"--{name}")
+    for name, takers in TAKES.items():
+        if options[name] not in (None, False) and options["attack"] not in takers:
+            raise Usage(f"--{name.replace('_', '-')} goes with --attack {', '.join(takers)}, not {options['attack']}")
+    if options["surrogate"] is not None and options["until"] == "broken":
+        raise Usage(
+            "--surrogate goes to the end: it is not told when the attacked model breaks; leave out --until broken"
+        )
     _values.block(options["block"])
-    if options["start"] is not None:
-        _values.choice(options["start"], ("random", "clean"), option="--start")
     if options["target"] is not None and not options["targeted"]:
         raise Usage("--target goes with --targeted")
     texts = options["eps"] or [{"l2": "0.5", "linf": "8/255"}[options["norm"]]]
@@ -150,48 +215,60 @@ def _radii(options: dict[str, Any]) -> list[float]:
     return radii
 
 
-def _spec(options: dict[str, Any], eps: float) -> Attack:
+def _spec(options: dict[str, Any], eps: float, classes: int) -> Attack:
+    """The attack with its own defaults filled in, and what so few classes make of it."""
     from rbkit.tools.attack import ATTACKS
 
-    extra: dict[str, Any] = {"loss": options["loss"], "targeted": options["targeted"], "until": options["until"]}
-    if options["start"] is not None:
-        extra["start"] = options["start"]
-    if options["attack"] == "pgd":
-        extra["steps"] = options["steps"]
-        if options["step_size"] is not None:
-            extra["step_size"] = _values.number(options["step_size"], option="--step-size")
-    return ATTACKS[options["attack"]](
+    given = ("steps", "queries", "start", "loss", "until")
+    extra = {name: options[name] for name in given if options[name] is not None}
+    if options["targeted"]:
+        extra["targeted"] = True
+    if options["step_size"] is not None:
+        extra["step_size"] = _values.number(options["step_size"], option="--step-size")
+    if options["attack"] == "fgsm":
+        extra = {name: value for name, value in extra.items() if name not in ("steps", "step_size")}
+    if options["surrogate"] is not None:
+        extra["until"] = "end"
+    spec = ATTACKS[options["attack"]](
         norm=options["norm"], eps=eps, seed=options["seed"], restarts=options["restarts"], **extra
     )  # fmt: skip
+    return _io.guarded(lambda: spec.settled(classes))
 
 
 def _attack_all(
-    options: dict[str, Any], radii: list[float], victim: Model, stream: Iterator[Chunk], sink: _io.Sink
+    options: dict[str, Any], radii: list[float], models: Models, stream: Iterator[Chunk], sink: _io.Sink
 ) -> None:
     """One pass per radius; several radii need the rows again, so these are held."""
     if len(radii) == 1:
-        _attack_stream(options, radii[0], victim, stream, sink)
+        _attack_stream(options, radii[0], models, stream, sink)
         return
     held = list(stream)
     for eps in radii:
-        _attack_stream(options, eps, victim, iter(held), sink)
+        _attack_stream(options, eps, models, iter(held), sink)
 
 
-def _attack_stream(options: dict[str, Any], eps: float, victim: Model, stream: Iterator[Chunk], sink: _io.Sink) -> None:
+def _attack_stream(
+    options: dict[str, Any], eps: float, models: Models, stream: Iterator[Chunk], sink: _io.Sink
+) -> None:
     from rbkit.tools import attack as tool
 
-    spec = _spec(options, eps)
-    evaluation = victim.evaluation(options["block"])
+    victim, surrogate = models
+    maker = surrogate or victim
+    spec = _spec(options, eps, victim.classes)
+    evaluation = maker.evaluation(options["block"])
+    judge = None if surrogate is None else victim.evaluation(options["block"])
     rows = _admitted(checked(stream, victim), spec, quiet=options["quiet"])
     first = next(rows)
-    options = {**options, "refill": options["refill"] and not _slots_matter(victim, evaluation, first, options)}
+    options = {**options, "refill": options["refill"] and not _slots_matter(maker, evaluation, first, options)}
     ahead = _io.ReadAhead(itertools.chain([first], rows))
-    history = _history.entry("rb-attack", _recorded(options, spec), model=victim.sha)
+    inputs = {} if surrogate is None else {"surrogate": side_digest(surrogate.path)}
+    history = _history.entry("rb-attack", _recorded(options, spec), model=victim.sha, inputs=inputs)
     with Progress("rb-attack", total=None, unit="images", quiet=options["quiet"]) as progress:
         poll = _poll(ahead, evaluation.device, options)
-        for chunk, result in _io.guarded(lambda: tool.run(evaluation, spec, poll, refill=options["refill"])):
+        results = _io.guarded(lambda: tool.run(evaluation, spec, poll, refill=options["refill"], judge=judge))
+        for chunk, result in results:
             arrays = {**chunk.arrays, **_columns(chunk, result)}
-            sink.write(arrays, _meta(chunk, spec, victim, history), last=chunk.last)
+            sink.write(arrays, _meta(chunk, spec, models, history), last=chunk.last)
             progress.expect(None if options["shard"] else chunk.meta.get("total"))
             progress.advance(chunk.count)
 
@@ -262,6 +339,8 @@ def _check_earlier(chunk: Chunk, spec: Attack) -> None:
 
 def _columns(chunk: Chunk, result: Attacked) -> dict[str, Any]:
     """The tensors that the attack adds; the cost adds to that of an earlier attack."""
+    import numpy as np
+
     outcome = result.outcome
     added = {
         "adversarial": outcome.images.cpu().numpy(),
@@ -275,16 +354,24 @@ def _columns(chunk: Chunk, result: Attacked) -> dict[str, Any]:
             added[name] = added[name] + chunk.arrays[name]
     if result.target is not None:
         added["attack_target"] = result.target.cpu().numpy()
+    if result.distance is not None:
+        distance = result.distance.cpu().numpy()
+        added["distance"] = np.minimum(distance, chunk.arrays.get("distance", distance)).astype("float32")
     return added
 
 
 def _recorded(options: dict[str, Any], spec: Attack) -> dict[str, Any]:
-    """The options with their defaults filled in, as the history keeps them."""
-    return {**options, "eps": spec.eps, "steps": spec.steps, "step_size": spec.step_size, "start": spec.start}
+    """The options with their defaults filled in, as the history keeps them: those that this attack takes."""
+    filled = {"eps": spec.eps, "until": spec.until, "surrogate": None}
+    taken = [name for name, takers in TAKES.items() if spec.name in takers]
+    return {**options, **{name: getattr(spec, name) for name in taken}, **filled}
 
 
-def _meta(chunk: Chunk, spec: Attack, victim: Model, history: dict[str, Any]) -> dict[str, Any]:
-    described = {**asdict(spec), "model": victim.sha}
+def _meta(chunk: Chunk, spec: Attack, models: Models, history: dict[str, Any]) -> dict[str, Any]:
+    victim, surrogate = models
+    described = {key: value for key, value in asdict(spec).items() if value is not None} | {"model": victim.sha}
+    if surrogate is not None:
+        described["surrogate"] = surrogate.sha
     earlier = chunk.meta.get("attack")
     if earlier is not None:
         described["name"] = f"{earlier['name']}+{spec.name}"

@@ -11,6 +11,7 @@ from rbkit.formats.stream import Chunk
 
 IMAGE_LIKE = ("image", "adversarial", "inverted")
 FINITE = ("attribution", "completeness_error", "start")
+DISTANCES = ("distance",)  # may be infinite
 IMAGE_DTYPES = ("uint8", "float16", "float32", "float64")
 
 
@@ -47,6 +48,16 @@ def check_finite(array: np.ndarray, *, name: str, first: int) -> None:
     if wrong.any():
         row = int(wrong.any(1).argmax())
         raise FormatError(f"{name}[{first + row}] has {int(wrong[row].sum())} values that are NaN or infinite")
+
+
+def check_distances(array: np.ndarray, *, name: str, first: int) -> None:
+    """Refuse distances (N,) that are NaN or below 0. Raises: FormatError."""
+    if array.ndim != 1 or array.dtype.kind != "f":
+        raise FormatError(f"{name} is {array.dtype} {list(array.shape)}, expected float32 (N,)")
+    wrong = ~(array >= 0)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise FormatError(f"{name}[{first + row}] is {array[row]}, expected a number from 0, or infinity")
 
 
 def check_labels(array: np.ndarray, *, name: str, first: int, classes: int | None) -> np.ndarray:
@@ -103,6 +114,9 @@ class RowChecker:
         for name in FINITE:
             if name in arrays:
                 check_finite(arrays[name], name=name, first=chunk.first)
+        for name in DISTANCES:
+            if name in arrays:
+                check_distances(arrays[name], name=name, first=chunk.first)
         if "mask" in arrays and arrays["mask"].shape[1:] != shape[1:]:
             raise FormatError(f"mask is {list(arrays['mask'].shape[1:])} per row, expected {list(shape[1:])}")
         arrays["id"] = self._ids(arrays, chunk)

@@ -9,7 +9,7 @@ import torchattacks
 from rbkit.tools import shapes, train
 from rbkit.tools.architectures import resnet8
 from rbkit.tools.ascend import Batch, polling
-from rbkit.tools.attack import pgd, run
+from rbkit.tools.attack import ATTACKS, pgd, run
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.train import Data, Recipe, begin, fit
 
@@ -66,3 +66,39 @@ def test_robust_accuracy_is_that_of_torchattacks(network, norm):
     peer = float((classifier(theirs(classifier, x, label, norm)).argmax(1) == label).double().mean())
     assert clean > 0.25 and 0.02 < ours < clean - 0.1, (clean, ours)  # an attack that does something
     assert abs(ours - peer) <= 0.01 + 1e-9, (clean, ours, peer)
+
+
+PEERS = {"apgd-ce": "APGD", "apgd-t": "APGDT", "square": "Square", "fab-t": "FAB"}
+OPTIONS = {  # few steps and queries, so that what they are spent on matters
+    "apgd-ce": ({"steps": 10}, {"steps": 10, "loss": "ce"}),
+    "apgd-t": ({"steps": 6}, {"steps": 6, "n_classes": 8}),
+    "square": ({"queries": 150}, {"n_queries": 150}),
+    "fab-t": ({"steps": 5}, {"steps": 5, "n_classes": 8, "multi_targeted": True}),
+}
+TOLERANCE = {"square": 0.051}  # of a random search; the others climb the same way
+
+
+def peers_accuracy(name, classifier, x, label, norm):
+    """Robust accuracy under torchattacks' version, which draws from the global generator."""
+    kind = {"l2": "L2", "linf": "Linf"}[norm]
+    with train.seeded(1):
+        attack = getattr(torchattacks, PEERS[name])(classifier, norm=kind, eps=EPS[norm], **OPTIONS[name][1])
+        found = attack(x, label).detach()
+    return float((classifier(found).argmax(1) == label).double().mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [("apgd-ce", "l2"), ("apgd-ce", "linf"), ("apgd-t", "l2"), ("square", "l2"), ("square", "linf"), ("fab-t", "linf")],
+)
+def test_accuracy_is_not_above_that_of_torchattacks(network, name, norm):
+    """Under the same attack with as many steps or queries, on sixty images."""
+    classifier, x, label = network
+    x, label = x[:60], label[:60]
+    spec = ATTACKS[name](norm=norm, eps=EPS[norm], **OPTIONS[name][0])
+    found = next(run(Evaluation(classifier), spec, polling([Batch(torch.arange(60), x, {"label": label})])))[1]
+    clean = float((classifier(x).argmax(1) == label).double().mean())
+    ours = float((~found.success).double().mean())
+    peer = peers_accuracy(name, classifier, x, label, norm)
+    assert ours < clean - 0.05, (clean, ours)
+    assert ours <= peer + TOLERANCE.get(name, 0.0168), (clean, ours, peer)

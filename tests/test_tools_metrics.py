@@ -342,6 +342,24 @@ def test_robustness_metrics_of_a_linear_model():
     )
 
 
+def test_minimal_distance_is_capped_by_what_the_stored_images_prove():
+    """A claim stands where nothing contradicts it: 0 where the clean image is misclassified, else at most the norm of a
+    perturbation that breaks the row."""
+    model = toys.linear()
+    label = model(X).argmax(1)
+    label[5] = (label[5] + 1) % toys.K
+    weights = toys.weights_of(model)
+    adversarial = X.clone()
+    adversarial[1:3] = (X[1:3] + 0.4 * (weights[(label[1:3] + 1) % 4] - weights[label[1:3]]).sign()).clamp(0, 1)
+    assert (model(adversarial).argmax(1) != label)[1:3].all()
+    claimed = torch.tensor([0.7, 0.9, 0.1, 0.2, math.inf, 3.0, -1.0])
+    given = Batch(
+        toys.evaluation(model), IDS, X, label=label, adversarial=adversarial, norm="linf", eps=0.5, distance=claimed
+    )
+    found = value("minimal_distance", given)
+    assert found == pytest.approx([0.7, 0.4, 0.1, 0.2, math.inf, 0, 0], abs=1e-6)
+
+
 def test_an_attack_smaller_than_half_a_level_does_not_survive_the_png():
     model = toys.linear(2)
     image = ((X[:1] * 253 + 1).round() / 255).expand(2, -1, -1, -1).contiguous()
@@ -379,7 +397,7 @@ def full_batch():
     background = toys.images(11, seed=5)
     explained = explain(EVALUATION, X, TARGET, spec, ids=IDS, background=background)
     return Batch(
-        EVALUATION, IDS, X, label=TARGET, adversarial=toys.images(seed=3), norm="l2", eps=0.5, attack_target=TARGET,
+        EVALUATION, IDS, X, label=TARGET, adversarial=toys.images(seed=3), norm="l2", eps=0.5, attack_target=TARGET, distance=torch.rand(toys.N, generator=toys.generator(6)),
         attribution=explained.attribution, explained=X, target=TARGET, saliency=spec, mask=MASK, cue_mask=MASK,
         completeness=explained.completeness_error, inverted=toys.images(seed=4), fit=torch.zeros(toys.N),
         background=background, judge=toys.evaluation(toys.linear()),

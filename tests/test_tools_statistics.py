@@ -12,6 +12,7 @@ from scipy import stats
 from rbkit.tools.pool import Pools
 from rbkit.tools.statistics import (
     bootstrap_means,
+    bootstrap_median,
     finite_or_none,
     mcnemar,
     poisson_weights,
@@ -239,3 +240,37 @@ def test_there_is_no_worst_case_over_other_balls_or_other_rows():
     assert not [r for r in attacks(first, first, eps=(0.5, 0.25)) if r["attack"] == "worst"]
     assert not [r for r in attacks(first, first, rows=(90, 89)) if r["attack"] == "worst"]
     assert not [r for r in attacks(first) if r["attack"] == "worst"]
+
+
+def test_a_median_may_be_of_infinite_values():
+    """Of an even number the mean of the middle two; NaN is left out; in any order; None for what is infinite."""
+    values = torch.tensor([3.0, math.inf, 1.0, math.nan, 2.0, 8.0], dtype=torch.float64)
+    ids = torch.arange(6)
+    found = bootstrap_median(ids, values)
+    assert (found.value, found.n) == (3.0, 5) and found.low in (1.0, 2.0) and found.high is None
+    order = torch.tensor([5, 0, 3, 1, 4, 2])
+    assert bootstrap_median(ids[order], values[order]) == found
+    assert bootstrap_median(ids[[0, 4]], values[[0, 4]]).value == 2.5
+    assert bootstrap_median(ids[[1, 1, 0]], values[[1, 1, 0]]).value is None
+    assert bootstrap_median(ids[:0], values[:0]).n == 0 and bootstrap_median(ids[3:4], values[3:4]).value is None
+
+
+def test_interval_of_a_median_covers_it():
+    """95 % of the intervals of 300 samples of 61 exponential numbers hold ln 2."""
+    hits = 0
+    for draw in range(300):
+        generator = torch.Generator().manual_seed(draw)
+        values = -torch.rand(61, generator=generator, dtype=torch.float64).log()
+        found = bootstrap_median(torch.arange(61) + 1000 * draw, values, draws=400)
+        hits += found.low <= math.log(2) <= found.high
+    assert 0.90 <= hits / 300 <= 0.99
+
+
+def test_a_pool_of_distances_is_told_by_its_median():
+    pools = Pools()
+    ids, distance = torch.arange(5), torch.tensor([0.0, 0.5, 0.2, math.inf, 0.4])
+    pool = pools.of({"attack": "fab-t"})
+    pool.add(ids, {"minimal_distance": distance.double()}, origin="a", total=5, first=0)
+    (record,) = pools.records()
+    assert (record["metric"], record["value"], record["n"]) == ("minimal_distance", pytest.approx(0.4), 5)
+    assert record["statistic"] == "median" and record["low"] == 0.0 and record["high"] is None

@@ -7,10 +7,11 @@ full block is computed as long as there is work. A row's numbers depend neither 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from rbkit.tools.norms import Norm
 
 Context = Mapping[str, Tensor]
 Start = Callable[[Tensor, Tensor, Tensor], Tensor]
+T = TypeVar("T")
 
 
 class Objective(Protocol):
@@ -27,9 +29,15 @@ class Objective(Protocol):
     def __call__(self, images: Tensor, context: Context) -> tuple[Tensor, Tensor]: ...
 
 
+class Ascent(Protocol):
+    """A way to climb: it gives the block of slots in which that happens."""
+
+    def slots(self, objective: Objective, like: Batch, *, block: int) -> Slots: ...
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How to climb.
+    """How to climb with steps of a fixed length.
 
     norm, eps, step_size: the ball and the length of a step, in [0, 1] pixel units. steps: gradients per restart.
     start(ids, clean, restart): first iterate, None for the clean image. stop: leave as soon as the goal is reached.
@@ -45,6 +53,10 @@ class Plan:
     stop: bool = False
     keep: str = "best"
     box: bool = True
+
+    def slots(self, objective: Objective, like: Batch, *, block: int) -> Slots:
+        """A block of slots that climb so, for rows such as those of `like`."""
+        return Climb(objective, self, like, block=block)
 
 
 @dataclass
@@ -91,12 +103,17 @@ def climb(images: Tensor, gradient: Tensor, clean: Tensor, plan: Plan) -> Tensor
     return moved.clamp_(0, 1) if plan.box else moved
 
 
-class Slots:
-    """A block of `block` slots, each climbing for one example."""
+class Slots(ABC):
+    """A block of `block` slots, each at work for one example: who sits where, and what was found so far.
 
-    def __init__(self, objective: Objective, plan: Plan, like: Batch, *, block: int) -> None:
+    Kinds of ascent differ in `begin` and `advance`. Whatever they remember is a tensor with a row per slot, because
+    slots are at different steps; a row's numbers must depend neither on its slot nor on its neighbours.
+    Shapes: ids, step, restart, active (B,); clean, now (B, C, H, W); context (B, ...) each.
+    """
+
+    def __init__(self, objective: Objective, like: Batch, *, block: int) -> None:
         device = like.clean.device
-        self.objective, self.plan, self.block = objective, plan, block
+        self.objective, self.block = objective, block
         # Idle slots hold a real row, so that padding is ordinary arithmetic.
         self.ids = like.ids[:1].repeat(block)
         self.clean = like.clean[:1].repeat(block, 1, 1, 1)
@@ -107,6 +124,14 @@ class Slots:
         self.restart = torch.zeros(block, dtype=torch.int64, device=device)
         self.active = torch.zeros(block, dtype=torch.bool, device=device)
 
+    @abstractmethod
+    def begin(self, slots: Tensor) -> None:
+        """Set up the restart that `slots` (int64 indices) are at; their step is 0."""
+
+    @abstractmethod
+    def advance(self) -> Tensor:
+        """One evaluation of every slot, and what follows from it; returns the slots that are done (int64 indices)."""
+
     def load(self, slots: Tensor, batch: Batch, rows: Tensor) -> None:
         """Put `rows` of `batch` into `slots`."""
         self.ids[slots], self.clean[slots] = batch.ids[rows], batch.clean[rows]
@@ -116,32 +141,26 @@ class Slots:
         for name in PER_SLOT:
             getattr(self.best, name)[slots] = getattr(fresh, name)
         self.step[slots], self.restart[slots], self.active[slots] = 0, 0, True
-        self._begin(slots)
+        self._aim(slots)
+        self.begin(slots)
 
-    def _begin(self, slots: Tensor) -> None:
+    @property
+    def rounds(self) -> int:
+        """Targets that each restart aims at in turn: the columns of `targets` in the context, else 1."""
+        return self.context["targets"].shape[1] if "targets" in self.context else 1
+
+    def _aim(self, slots: Tensor) -> None:
+        """Let `target` of the context be the one that the restart of `slots` is for."""
+        if "targets" in self.context:
+            self.context["target"][slots] = self.context["targets"][slots, self.restart[slots] % self.rounds]
+
+    def started(self, slots: Tensor, start: Start | None) -> Tensor:
+        """First iterates of `slots` in the restart that they are at."""
         clean = self.clean[slots]
-        start = self.plan.start
-        self.now[slots] = clean if start is None else start(self.ids[slots], clean, self.restart[slots])
+        return clean if start is None else start(self.ids[slots], clean, self.restart[slots])
 
-    def advance(self) -> Tensor:
-        """Evaluate every slot, keep what is better, step; returns the slots that are done (int64 indices)."""
-        plan = self.plan
-        climbing = self.active & (self.step < plan.steps)
-        value, reached, gradient = self._evaluate(climbing)
-        self._keep(value, reached)
-        ended = self.active & (self.step >= plan.steps)
-        done = ended & (self.restart + 1 >= plan.restarts)
-        if plan.stop:
-            done = done | (self.active & reached)
-        if gradient is not None:
-            self._move(climbing & ~done, gradient)
-        again = ended & ~done
-        if bool(again.any()):
-            self._restart(again)
-        self.active = self.active & ~done
-        return done.nonzero()[:, 0]
-
-    def _evaluate(self, climbing: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def evaluate(self, climbing: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(value, reached, gradient) at `now`, counted; the gradient only if a slot is `climbing`, bool (B,)."""
         needed = bool(climbing.any())
         images = self.now.detach().requires_grad_(needed)
         with torch.set_grad_enabled(needed):
@@ -153,27 +172,64 @@ class Slots:
             self.best.zero_gradients += climbing & (gradient.flatten(1).abs().amax(1) == 0)
         return value.detach(), reached, gradient
 
-    def _keep(self, value: Tensor, reached: Tensor) -> None:
+    def keep(self, better: Tensor, images: Tensor, value: Tensor, reached: Tensor) -> None:
+        """Take these images with their values into the outcome of the slots that are `better`, bool (B,)."""
         best = self.best
-        if self.plan.keep == "last":
-            better = self.active.clone()
-        else:
-            higher = (value > best.value) & (reached == best.reached)
-            better = self.active & ((reached & ~best.reached) | higher)
         best.value = torch.where(better, value, best.value)
         best.reached = torch.where(better, reached, best.reached)
-        best.images = torch.where(better[:, None, None, None], self.now, best.images)
+        best.images = torch.where(better[:, None, None, None], images, best.images)
+
+    def improved(self, value: Tensor, reached: Tensor) -> Tensor:
+        """Active slots whose outcome is worse than this: reaching the goal comes before a higher value."""
+        higher = (value > self.best.value) & (reached == self.best.reached)
+        return self.active & ((reached & ~self.best.reached) | higher)
+
+    def begin_again(self, again: Tensor) -> None:
+        """Start the next restart of the slots in `again`, bool (B,)."""
+        if bool(again.any()):
+            slots = again.nonzero()[:, 0]
+            self.step[slots] = 0
+            self.restart[slots] += 1
+            self._aim(slots)
+            self.begin(slots)
+
+    def leave(self, done: Tensor) -> Tensor:
+        """Free the slots in `done`, bool (B,); returns their indices."""
+        self.active = self.active & ~done
+        return done.nonzero()[:, 0]
+
+
+class Climb(Slots):
+    """Steps of a fixed length (see Plan)."""
+
+    def __init__(self, objective: Objective, plan: Plan, like: Batch, *, block: int) -> None:
+        super().__init__(objective, like, block=block)
+        self.plan = plan
+
+    def begin(self, slots: Tensor) -> None:
+        """The start of the plan."""
+        self.now[slots] = self.started(slots, self.plan.start)
+
+    def advance(self) -> Tensor:
+        """Evaluate every slot, keep what is better, step."""
+        plan = self.plan
+        climbing = self.active & (self.step < plan.steps)
+        value, reached, gradient = self.evaluate(climbing)
+        better = self.active if plan.keep == "last" else self.improved(value, reached)
+        self.keep(better, self.now, value, reached)
+        ended = self.active & (self.step >= plan.steps)
+        done = ended & (self.restart + 1 >= plan.restarts)
+        if plan.stop:
+            done = done | (self.active & reached)
+        if gradient is not None:
+            self._move(climbing & ~done, gradient)
+        self.begin_again(ended & ~done)
+        return self.leave(done)
 
     def _move(self, moving: Tensor, gradient: Tensor) -> None:
         moved = climb(self.now, gradient, self.clean, self.plan)
         self.now = torch.where(moving[:, None, None, None], moved, self.now)
         self.step = self.step + moving
-
-    def _restart(self, again: Tensor) -> None:
-        slots = again.nonzero()[:, 0]
-        self.step[slots] = 0
-        self.restart[slots] += 1
-        self._begin(slots)
 
 
 @dataclass
@@ -195,22 +251,38 @@ def polling(batches: Iterable[Batch]) -> Poll:
     return lambda wait: next(iterator)
 
 
-class _Flow:
-    """Rows from batches to slots and back, in order."""
+class Flow:
+    """Rows from batches to slots and back, in order: `poll` is a source of finished batches."""
 
-    def __init__(self, poll: Poll, *, refill: bool) -> None:
-        self.poll, self.refill = poll, refill
+    def __init__(self, objective: Objective, plan: Ascent, poll: Poll, *, block: int, refill: bool = True) -> None:
+        self.objective, self.plan, self.block = objective, plan, block
+        self.source, self.refill = poll, refill
         self.entries: deque[_Entry] = deque()
         self.ended = False
         self.owner: dict[int, tuple[_Entry, int]] = {}
         self.slots: Slots | None = None
+
+    def poll(self, wait: bool) -> tuple[Batch, Outcome] | None:
+        """The next finished batch, or None where nothing can be done without waiting. Raises StopIteration at the end."""
+        while True:
+            if not self.entries and not self.ask(wait):
+                if self.ended:
+                    raise StopIteration
+                return None
+            if not self.entries[0].left:
+                entry = self.entries.popleft()
+                return entry.batch, entry.outcome
+            if self.slots is None:
+                self.slots = self.plan.slots(self.objective, self.entries[0].batch, block=self.block)
+            self.fill(self.slots)
+            self.collect(self.slots, self.slots.advance())
 
     def ask(self, wait: bool) -> bool:
         """Take in one more batch; False when none is ready."""
         if self.ended:
             return False
         try:
-            batch = self.poll(wait)
+            batch = self.source(wait)
         except StopIteration:
             self.ended = True
             return False
@@ -250,31 +322,27 @@ class _Flow:
                 getattr(entry.outcome, name)[row] = getattr(slots.best, name)[slot]
             entry.left -= 1
 
-    def finished(self) -> Iterator[tuple[Batch, Outcome]]:
-        while self.entries and not self.entries[0].left:
-            entry = self.entries.popleft()
-            yield entry.batch, entry.outcome
-
 
 def flow(
-    objective: Objective, plan: Plan, poll: Poll, *, block: int, refill: bool = True
+    objective: Objective, plan: Ascent, poll: Poll, *, block: int, refill: bool = True
 ) -> Iterator[tuple[Batch, Outcome]]:
     """Climb from every row of the batches of `poll`; batches leave in the order in which they came.
 
     Slots are refilled across batches that are ready (`poll(False)`); nothing waits for input while rows can climb.
     Without `refill` a block takes rows of one batch and keeps them until all are done.
     """
-    state = _Flow(poll, refill=refill)
+    yield from finished(Flow(objective, plan, poll, block=block, refill=refill).poll)
+
+
+def finished(poll: Callable[[bool], T | None]) -> Iterator[T]:
+    """All that a source gives, waiting for each."""
     while True:
-        yield from state.finished()
-        if not state.entries and not state.ask(True):
+        try:
+            found = poll(True)
+        except StopIteration:
             return
-        if not state.entries[0].left:
-            continue
-        if state.slots is None:
-            state.slots = Slots(objective, plan, state.entries[0].batch, block=block)
-        state.fill(state.slots)
-        state.collect(state.slots, state.slots.advance())
+        if found is not None:
+            yield found
 
 
 def ascend(objective: Objective, plan: Plan, batch: Batch, *, block: int) -> Outcome:

@@ -30,6 +30,7 @@ class Batch:
     norm: str = "l2"
     eps: float | None = None
     attack_target: Tensor | None = None
+    distance: Tensor | None = None
     attribution: Tensor | None = None
     explained: Tensor | None = None
     target: Tensor | None = None

@@ -7,7 +7,7 @@ from typing import Any
 SUBJECT = ("metric", "attack", "norm", "eps", "method", "mode", "kind")
 # What says nothing of two models side by side; the scale of infidelity is that of a model's own outputs.
 SANITY = ("ties", "ball_violation", "perturbation", "target_rate", "infidelity", "randomisation_floor")
-ROBUSTNESS = ("clean_accuracy", "robust_accuracy", "robust_accuracy_png")
+ROBUSTNESS = ("clean_accuracy", "robust_accuracy", "robust_accuracy_png", "minimal_distance")
 
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -35,6 +35,7 @@ class Entry:
 
     needs: attributes of the batch that must be there. kind: of the stream. share: 0/1 per example (Wilson interval).
     band: whether the metric is also computed on reference maps. default: computed also where nobody asks for it by name.
+    median: pooled by the median instead of the mean; values may then be infinite.
     """
 
     function: Metric
@@ -46,6 +47,7 @@ class Entry:
     share: bool = False
     band: bool = False
     default: bool = True
+    median: bool = False
 
 
 _MAP = ("attribution", "explained", "target")
@@ -57,6 +59,7 @@ METRICS: dict[str, Entry] = {
     "target_rate": Entry(robustness.target_rate, "adversarial", "share", "lower", "-", ("attack_target",), share=True),
     "ties": Entry(robustness.ties, "adversarial", "share", "lower", "-", ("label", "adversarial"), share=True),
     "perturbation": Entry(robustness.perturbation, "adversarial", "pixels", "lower", "-", ("adversarial",)),
+    "minimal_distance": Entry(robustness.minimal_distance, "adversarial", "pixels", "higher", "Croce and Hein 2020", ("label", "adversarial", "distance"), median=True),
     "ball_violation": Entry(robustness.ball_violation, "adversarial", "share", "lower", "-", ("adversarial", "eps"), share=True),
     "insertion": Entry(faithfulness.insertion, "attributions", "probability", "higher", "Petsiuk et al. 2018", _MAP, band=True),
     "deletion": Entry(faithfulness.deletion, "attributions", "probability", "lower", "Petsiuk et al. 2018", _MAP, band=True),

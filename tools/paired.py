@@ -63,7 +63,7 @@ def _compare(first: Pool, second: Pool, *, confidence: float) -> list[dict[str, 
 def _record(
     name: str, ids: Tensor, a: Tensor, b: Tensor, first: Pool, second: Pool, *, confidence: float
 ) -> dict[str, Any]:
-    known = ~(a.isnan() | b.isnan())
+    known = a.isfinite() & b.isfinite()
     ids, a, b = ids[known], a[known], b[known]
     interval = bootstrap_means(ids, (b - a)[:, None], confidence=confidence)[0]
     test, p = (

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rbkit.tools.frechet import extrapolated, frechet
 from rbkit.tools.metrics import METRICS, OF_SETS
-from rbkit.tools.statistics import Interval, bootstrap_means, wilson, z_score
+from rbkit.tools.statistics import Interval, bootstrap_means, bootstrap_median, wilson, z_score
 
 AGREEMENTS = {  # between two ways to remove a pixel
     "insertion_agreement": ("insertion", "insertion_mean"),
@@ -99,7 +99,7 @@ class Pool:
         means = dict(
             zip(
                 columns,
-                bootstrap_means(ids, torch.stack(list(columns.values()), 1), confidence=confidence),
+                bootstrap_means(ids, torch.stack([_finite(*c) for c in columns.items()], 1), confidence=confidence),
                 strict=True,
             )
         )
@@ -109,6 +109,8 @@ class Pool:
             if METRICS[name].share:
                 values = columns[name][~columns[name].isnan()]
                 interval = wilson(int(values.sum()), len(values), confidence=confidence)
+            if METRICS[name].median:
+                interval = bootstrap_median(ids, columns[name], confidence=confidence)
             found.append(self._record(name, interval, columns) | _band(name, columns, means))
         agreements = [r for name in AGREEMENTS if (r := self._agreement(name, columns)) is not None]
         return found + agreements + self._distances()
@@ -139,8 +141,10 @@ class Pool:
             "unit": entry.unit, "better": entry.better, "excluded": excluded, "source": entry.source,
             "complete": self.complete, **self.about,
         }  # fmt: skip
+        if entry.median:
+            record["statistic"] = "median"
         if interval.value is None:
-            record["reason"] = "not defined for any example"
+            record["reason"] = "not defined for any example" if interval.n == 0 else "infinite"
         return record
 
     def _agreement(self, name: str, columns: dict[str, Tensor]) -> dict[str, Any] | None:
@@ -160,6 +164,11 @@ class Pool:
             "unit": "rank correlation", "better": "higher", "source": "Tomsett et al. 2020", "complete": self.complete, **self.about,
         }  # fmt: skip
         return record if value is not None else record | {"reason": "too few or constant values"}
+
+
+def _finite(name: str, values: Tensor) -> Tensor:
+    """Values to be averaged; those of a metric that is pooled by its median may be infinite and are not."""
+    return torch.where(values.isinf(), torch.nan, values) if METRICS[name.partition("@")[0]].median else values
 
 
 def _band(name: str, columns: dict[str, Tensor], means: dict[str, Interval]) -> dict[str, Any]:

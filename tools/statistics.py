@@ -75,6 +75,27 @@ def bootstrap_means(ids: Tensor, values: Tensor, *, draws: int = DRAWS, confiden
     return found
 
 
+def bootstrap_median(ids: Tensor, values: Tensor, *, draws: int = DRAWS, confidence: float = 0.95) -> Interval:
+    """Median of values (N,) float64, which may be infinite, with a bootstrap percentile interval; NaN entries are left
+    out. Of an even number the mean of the middle two; what is infinite is told as None."""
+    known = ~values.isnan()
+    order = values[known].argsort(stable=True)
+    ids, values = ids[known][order], values[known][order]
+    n = len(values)
+    if n == 0:
+        return Interval(None, None, None, 0)
+    value = finite_or_none(float((values[(n - 1) // 2] + values[n // 2]) / 2))
+    if n < 2:
+        return Interval(value, None, None, n)
+    weights = torch.cat([poisson_weights(part, draws).to(torch.int32) for part in ids.split(CHUNK)])
+    sums = weights.cumsum(0)
+    middle = (2 * sums >= sums[-1:]).to(torch.uint8).argmax(0)[sums[-1] > 0]
+    tail = (1 - confidence) / 2
+    ranked = values[middle].sort().values
+    low, high = (ranked[min(int(share * len(ranked)), len(ranked) - 1)] for share in (tail, 1 - tail))
+    return Interval(value, finite_or_none(float(low)), finite_or_none(float(high)), n)
+
+
 def z_score(value: float, reference: float, spread: float) -> float | None:
     """How many standard errors `value` lies above `reference`; None where the spread is 0."""
     return (value - reference) / spread if spread > 0 else None

@@ -1,0 +1,142 @@
+"""Square: schedule, patches, the ball, and the optimum that a random search comes near."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys import C, H, K, N, W, convnet, evaluation, images, linear, weights_of
+
+from rbkit.tools import attack
+from rbkit.tools.ascend import Batch, polling
+from rbkit.tools.norms import L2, LINF, NORMS
+from rbkit.tools.square import Square, covered, pyramid
+
+BOTH = pytest.mark.parametrize("norm", ["l2", "linf"])
+IDS = torch.arange(N) * 3 + 1
+
+
+def attacked(model, spec, x, label, *, ids=IDS):
+    return next(attack.run(evaluation(model), spec, polling([Batch(ids, x, {"label": label})])))[1]
+
+
+def test_schedule_halves_the_share_and_scales_with_the_queries():
+    edges = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+    for power, edge in enumerate(edges):
+        assert covered(edge, 10000) == 0.8 / 2**power and covered(edge + 1, 10000) == 0.8 / 2 ** (power + 1)
+    assert [covered(q, 100) for q in (0, 1, 11, 100)] == [0.8, 0.8 / 4, 0.8 / 2**5, 0.8 / 2**9]
+
+
+def test_pyramid_equals_the_sum_of_equation_2():
+    side = 7
+    left, right = side // 2, side - side // 2
+    wanted = torch.zeros(side, side, dtype=torch.float64)
+    for width, offset, sign in ((left, 0, 1), (right, left, -1)):
+        n = side // 2
+        for r in range(1, side + 1):
+            for s in range(1, width + 1):
+                m = n - max(abs(r - n - 1), abs(s - width // 2 - 1))
+                wanted[r - 1, offset + s - 1] = sign * sum(1 / (n + 1 - k) ** 2 for k in range(m + 1))
+    assert pyramid(side).numpy() == pytest.approx((wanted / wanted.norm()).numpy(), abs=1e-6)
+    for other in (1, 2, 3, 4):
+        assert pyramid(other).shape == (other, other) and float(pyramid(other).norm()) == pytest.approx(1)
+
+
+class Watching:
+    """An objective that keeps what it is asked about, and never gets better than at first."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, x, context):
+        self.asked.append(x.clone())
+        return torch.full((len(x),), -float(len(self.asked))), torch.zeros(len(x), dtype=torch.bool)
+
+
+def searched(norm, queries, x, eps, *, of=1000):
+    """The first images that are asked about, of a search of many more."""
+    goal = Watching()
+    slots = Square(norm, eps, of).slots(goal, Batch(IDS, x, {}), block=32)
+    slots.load(torch.arange(N), Batch(IDS, x, {}), torch.arange(N))
+    for _ in range(queries):
+        slots.advance()
+    return [asked[:N] for asked in goal.asked]
+
+
+def test_linf_begins_with_stripes_and_then_changes_one_square_per_image():
+    x = images(low=0.3, high=0.7)
+    first, *others = searched(LINF, 100, x, 0.1)
+    delta = first - x
+    assert delta.abs().numpy() == pytest.approx(0.1, abs=1e-6)
+    assert torch.equal(delta.sign(), delta.sign()[:, :, :1].expand(-1, -1, H, -1))  # constant along a column
+    assert len({tuple(row.flatten().tolist()) for row in delta.sign()}) == N
+    places, sides = set(), set()
+    for tried in others:
+        step = tried - x
+        assert step.abs().numpy() == pytest.approx(0.1, abs=1e-6)
+        for row in range(N):
+            rows, columns = (tried[row] != first[row]).any(0).nonzero().T
+            if len(rows):
+                height, width = rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
+                sides.add(int(max(height, width)))
+                places.add((row, int(rows.min()), int(columns.min())))
+    assert max(sides) == 5 and min(sides) == 1  # 0.8 of 5 x 6 pixels at first
+    assert {p[1] for p in places} == set(range(H)) and {p[2] for p in places} == set(range(W))
+
+
+def test_l2_keeps_the_norm_of_the_ball_and_moves_it_between_two_squares():
+    x = images(low=0.4, high=0.6)
+    first, *others = searched(L2, 60, x, 0.5)
+    assert L2.size(first - x).numpy() == pytest.approx(0.5, rel=1e-5)
+    for tried in others:
+        size = L2.size(tried - x)
+        assert (size <= 0.5 * (1 + 1e-6)).all() and size.numpy() == pytest.approx(0.5, rel=1e-5)
+    emptied = [int(((tried - x).abs() < 1e-7).sum()) for tried in others]
+    assert max(emptied) > 0
+    last = others[-1] != first
+    assert 0 < float(last.double().mean()) <= 2 * 9 / (H * W) + 0.01  # two squares of 3 x 3 at most
+
+
+@BOTH
+def test_search_comes_near_the_optimum_of_a_linear_model(norm):
+    """Margin plus eps times the dual norm is the most that can be had; without gradients much of it is found."""
+    model, eps = linear(2), 0.02
+    x = images(low=0.3, high=0.7)
+    label = evaluation(model).logits(x).argmax(1)
+    found = attacked(model, attack.square(norm=norm, eps=eps, queries=600, until="end"), x, label).outcome
+    w = weights_of(model).double()
+    dual = float((w[0] - w[1]).norm() if norm == "l2" else (w[0] - w[1]).abs().sum())
+    gain = (found.value - attack.margin(evaluation(model).logits(x), label)).double() / (eps * dual)
+    assert (gain <= 1 + 1e-4).all() and (gain > {"l2": 0.4, "linf": 0.85}[norm]).all(), gain
+    assert found.forwards.tolist() == [600] * N and not found.backwards.any() and not found.zero_gradients.any()
+
+
+@BOTH
+def test_result_lies_in_ball_and_box_and_success_is_what_the_model_says(norm):
+    model, x = convnet(), images(40, low=-0.3, high=1.3).clamp(0, 1)
+    ids, label = torch.arange(40), evaluation(model).logits(x).argmax(1)
+    eps = {"l2": 0.4, "linf": 0.05}[norm]
+    found = attacked(model, attack.square(norm=norm, eps=eps, queries=60), x, label, ids=ids)
+    image = found.outcome.images
+    assert image.min() >= 0 and image.max() <= 1
+    assert (NORMS[norm].size(image.double() - x.double()) <= eps * (1 + 1e-6) + 1e-7).all()
+    assert torch.equal(attack.is_broken(evaluation(model).logits(image), label), found.success)
+    assert 5 < int(found.success.sum()) < 40
+    assert (found.outcome.forwards[found.success] < 60).any() and (found.outcome.forwards[~found.success] == 60).all()
+
+
+def test_more_queries_and_restarts_break_no_fewer():
+    model, x = convnet(), images(30)
+    ids, label = torch.arange(30), evaluation(model).logits(x).argmax(1)
+    once = attacked(model, attack.square(norm="linf", eps=0.02, queries=30), x, label, ids=ids)
+    thrice = attacked(model, attack.square(norm="linf", eps=0.02, queries=30, restarts=3), x, label, ids=ids)
+    assert (thrice.success >= once.success).all() and int(thrice.success.sum()) > int(once.success.sum())
+    left = ~thrice.success
+    assert (thrice.outcome.forwards[left] == 90).all() and (thrice.outcome.value >= once.outcome.value)[left].all()
+
+
+def test_another_seed_asks_other_questions():
+    model, x = convnet(), images()
+    label = torch.arange(N) % K
+    specs = [attack.square(norm="l2", eps=0.1, queries=3, seed=s, until="end") for s in (0, 1)]
+    first, second = (attacked(model, s, x, evaluation(model).logits(x).argmax(1)).outcome.images for s in specs)
+    assert first.shape == (N, C, H, W) and len(label) == N and not torch.equal(first, second)

@@ -1,0 +1,228 @@
+"""Square: a random search over square patches that needs no gradient (Andriushchenko et al. 2020, arXiv 1912.00049).
+
+Each query changes one patch of the best image so far and is kept if the loss rises. Patches shrink on a fixed schedule.
+Every draw is a function of (seed, id, number of the query): position, signs and orientation differ between examples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rbkit.tools import random
+from rbkit.tools.ascend import Batch, Objective, Slots
+from rbkit.tools.norms import Norm
+
+SHARE = 0.8  # of the pixels that the first patches cover, p of section 3.2
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000 after which the share is halved
+TILES = 5  # per side, of the first perturbation in L2 (section 3.4)
+
+
+@dataclass(frozen=True)
+class Square:
+    """How to search: norm (l2 or linf) and eps of the ball in [0, 1] pixels, queries (forward passes) per restart.
+
+    stop: leave as soon as the goal is reached. share: of the pixels that the first patches cover.
+    """
+
+    norm: Norm
+    eps: float
+    queries: int
+    seed: int = 0
+    restarts: int = 1
+    stop: bool = False
+    share: float = SHARE
+
+    def slots(self, objective: Objective, like: Batch, *, block: int) -> SquareSlots:
+        """A block of slots that search so."""
+        kind = {"l2": L2Slots, "linf": LinfSlots}[self.norm.name]
+        return kind(objective, self, like, block=block)
+
+
+def covered(query: int, queries: int, *, share: float = SHARE) -> float:
+    """The share of the pixels that a patch covers at a query (section 5, "p schedule", scaled to `queries`)."""
+    at = int(query / queries * 10000)
+    return share / 2 ** sum(at > edge for edge in HALVINGS)
+
+
+def pyramid(side: int) -> Tensor:
+    """The patch of L2 (eq. 2), (side, side): two bumps side by side, one up and one down, of norm 1."""
+    left = side // 2
+    both = torch.cat([_bump(side, left), -_bump(side, side - left)], 1)
+    return (both / both.norm()).float()
+
+
+def _bump(height: int, width: int) -> Tensor:
+    """A bump that falls off in rings around the middle: a ring further out adds 1 / k**2 with a higher k. Float64."""
+    half = height // 2
+    rows = (torch.arange(1, height + 1) - half - 1).abs()
+    columns = (torch.arange(1, width + 1) - width // 2 - 1).abs()
+    depth = half - torch.maximum(rows[:, None], columns[None])
+    sums = torch.cumsum(1.0 / (half + 1 - torch.arange(half + 1)).double() ** 2, 0)
+    return sums[depth]
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(B,) or (B, C) as (B, 1 or C, 1, 1)."""
+    return values.reshape(len(values), -1, 1, 1)
+
+
+class SquareSlots(Slots):
+    """Slots with the best image of the restart, `top`, and its value; `sides` holds the side of a patch by query."""
+
+    def __init__(self, objective: Objective, plan: Square, like: Batch, *, block: int) -> None:
+        super().__init__(objective, like, block=block)
+        self.plan = plan
+        shares = [covered(query, plan.queries, share=plan.share) for query in range(plan.queries + 1)]
+        self.sides = torch.tensor([self.side(share) for share in shares], device=self.clean.device)
+        self.top, self.top_value = self.now.clone(), torch.zeros(block, device=self.clean.device)
+
+    def side(self, share: float) -> int:
+        """The side of a patch that covers so much of an image."""
+        raise NotImplementedError
+
+    def first(self, slots: Tensor) -> Tensor:
+        """First perturbations of `slots`, inside the ball."""
+        raise NotImplementedError
+
+    def proposal(self) -> Tensor:
+        """Images that the slots try next, inside the ball; the box is cut later."""
+        raise NotImplementedError
+
+    def begin(self, slots: Tensor) -> None:
+        """The first image of a restart."""
+        self.now[slots] = (self.clean[slots] + self.first(slots)).clamp(0, 1)
+        self.top_value[slots] = float("-inf")
+
+    def advance(self) -> Tensor:
+        """One query of every slot: keep what is better, propose the next."""
+        plan = self.plan
+        value, reached, _ = self.evaluate(torch.zeros_like(self.active))
+        self.keep(self.improved(value, reached), self.now, value, reached)
+        higher = value > self.top_value
+        self.top_value = torch.where(higher, value, self.top_value)
+        self.top = torch.where(_rows(higher), self.now, self.top)
+        self.step = self.step + self.active
+        ended = self.active & (self.step >= plan.queries)
+        done = ended & (self.restart + 1 >= plan.restarts)
+        if plan.stop:
+            done = done | (self.active & reached)
+        left = self.leave(done)
+        if bool(self.active.any()):
+            self.now = self.proposal().clamp_(0, 1)
+            self.begin_again(ended & ~done)
+        return left
+
+    def words(self, count: int) -> Tensor:
+        """Words of 32 random bits for the next query of each slot, int64 (B, count)."""
+        draw = self.restart * self.plan.queries + self.step
+        return random.words(self.ids, count, seed=self.plan.seed, purpose="square", draw=draw)
+
+    def signs(self, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Signs of the first perturbation, -1 or 1, (len(slots), *shape)."""
+        words = random.words(
+            self.ids[slots], math.prod(shape), seed=self.plan.seed, purpose="square start", draw=self.restart[slots]
+        )
+        return _sign(words).reshape(len(slots), *shape)
+
+    def corner(self, words: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and column of the first pixel of a patch, uniform where it fits; two words each (B, 2)."""
+        height, width = self.clean.shape[2:]
+        return (words[:, 0] * (height - side + 1)) >> 32, (words[:, 1] * (width - side + 1)) >> 32
+
+    def patch(self, row: Tensor, column: Tensor, side: Tensor) -> Tensor:
+        """Where the patches are, bool (B, 1, H, W)."""
+        height, width = self.clean.shape[2:]
+        down = torch.arange(height, device=row.device)[None] - row[:, None]
+        right = torch.arange(width, device=row.device)[None] - column[:, None]
+        rows, columns = (down >= 0) & (down < side[:, None]), (right >= 0) & (right < side[:, None])
+        return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def _sign(words: Tensor) -> Tensor:
+    """-1 or 1 by the highest of 32 bits."""
+    return (words >> 31).float() * 2 - 1
+
+
+class LinfSlots(SquareSlots):
+    """Algorithm 2: patches take the value -eps or eps in each channel; the search begins with vertical stripes."""
+
+    def side(self, share: float) -> int:
+        """The side of a square of this share of the pixels, at least 1."""
+        height, width = self.clean.shape[2:]
+        return min(max(round(math.sqrt(share * height * width)), 1), height, width)
+
+    def first(self, slots: Tensor) -> Tensor:
+        """Stripes one pixel wide, with a sign per channel."""
+        channels, height, width = self.clean.shape[1:]
+        return self.plan.eps * self.signs(slots, (channels, 1, width)).expand(-1, -1, height, -1)
+
+    def proposal(self) -> Tensor:
+        """The best image with a patch at the edge of the ball."""
+        words, side = self.words(2 + self.clean.shape[1]), self.sides[self.step]
+        patch = self.patch(*self.corner(words, side), side)
+        return torch.where(patch, self.clean + self.plan.eps * _rows(_sign(words[:, 2:])), self.top)
+
+
+class L2Slots(SquareSlots):
+    """Algorithm 3: a patch takes over the norm of another one, and what the box has cut off."""
+
+    def __init__(self, objective: Objective, plan: Square, like: Batch, *, block: int) -> None:
+        super().__init__(objective, plan, like, block=block)
+        largest = int(self.sides.max())
+        table = torch.zeros(largest + 1, largest, largest)
+        for side in self.sides.unique().tolist():
+            table[side, :side, :side] = pyramid(side)
+        self.pyramids = table.to(self.clean.device)
+
+    def side(self, share: float) -> int:
+        """The odd side of a square of this share of the pixels, at least 3 where the image has as many."""
+        height, width = self.clean.shape[2:]
+        wanted = max(round(math.sqrt(share * height * width)), 3)
+        return min(wanted + (wanted % 2 == 0), height, width)
+
+    def first(self, slots: Tensor) -> Tensor:
+        """Tiles of the patch with a sign per tile and channel, scaled to the radius."""
+        channels, height, width = self.clean.shape[1:]
+        side = max(min(height, width) // TILES, 1)
+        down, across = -(-height // side), -(-width // side)
+        tile = pyramid(side).to(self.clean.device).repeat(down, across)
+        signs = self.signs(slots, (channels, down, across)).repeat_interleave(side, 2).repeat_interleave(side, 3)
+        return self.scaled((signs * tile)[:, :, :height, :width])
+
+    def proposal(self) -> Tensor:
+        """The best image with one patch emptied and another one pushed further."""
+        words, side = self.words(5 + self.clean.shape[1]), self.sides[self.step]
+        corner = self.corner(words, side)
+        here, there = self.patch(*corner, side), self.patch(*self.corner(words[:, 2:], side), side)
+        delta = self.top - self.clean
+        inside, energy = delta * here, delta.square()
+        unused = (self.plan.eps**2 - energy.sum((1, 2, 3))).clamp_min(0)[:, None] / delta.shape[1]
+        available = ((energy * (here | there)).sum((2, 3)) + unused).sqrt()
+        bump = self.bumps(corner, side, words[:, 4] >> 31, here)
+        pushed = _rows(_sign(words[:, 5:])) * bump + _unit(inside)
+        moved = torch.where(here, _unit(pushed) * _rows(available), delta * ~there)
+        return self.clean + self.scaled(moved)
+
+    def bumps(self, corner: tuple[Tensor, Tensor], side: Tensor, turned: Tensor, here: Tensor) -> Tensor:
+        """The patch of each slot at its place, (B, 1, H, W); transposed where `turned`."""
+        height, width = self.clean.shape[2:]
+        limit = self.pyramids.shape[1] - 1
+        down = (torch.arange(height, device=side.device)[None] - corner[0][:, None]).clamp(0, limit)[:, :, None]
+        right = (torch.arange(width, device=side.device)[None] - corner[1][:, None]).clamp(0, limit)[:, None, :]
+        flip = turned.bool()[:, None, None]
+        values = self.pyramids[side[:, None, None], torch.where(flip, right, down), torch.where(flip, down, right)]
+        return values[:, None] * here
+
+    def scaled(self, delta: Tensor) -> Tensor:
+        """Perturbations of the norm of the radius; the projection takes off what rounding adds."""
+        return self.plan.norm.project(self.plan.norm.step(delta) * self.plan.eps, self.plan.eps)
+
+
+def _unit(values: Tensor) -> Tensor:
+    """(B, C, H, W) with norm 1 per example and channel; zeros stay."""
+    size = values.square().sum((2, 3), keepdim=True).sqrt()
+    return values / torch.where(size > 0, size, torch.ones_like(size))

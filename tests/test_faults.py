@@ -76,3 +76,34 @@ def test_whichever_call_fails_the_target_is_old_or_new(calls: str, error: str, t
     else:
         pytest.fail("never got through")
     assert failed or calls == "fchmod"
+
+
+def test_nothing_is_imported_from_the_current_folder(tmp_path: Path) -> None:
+    """Files named like what the commands import would leave a mark."""
+    for name in ("json", "numpy", "torch", "typer", "rich", "safetensors", "rbkit", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text("open('mark', 'w').close()\nraise SystemExit('imported from here')\n")
+    result = shell("rb-data shapes --n 3 | rb-info - && rb-info --help > help.txt", cwd=tmp_path)
+    assert result.status == 0 and not (tmp_path / "mark").exists(), result.err
+
+
+PLACES = (
+    {"TZ": "Asia/Kathmandu", "LC_ALL": "C", "PYTHONHASHSEED": "1", "HOME": "/nonexistent", "USER": "somebody"},
+    {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "2", "PYTHONIOENCODING": "latin-1", "COLUMNS": "20", "TERM": "dumb"},
+)
+
+
+def test_time_place_and_person_reach_no_output(tmp_path: Path, model_file: Path) -> None:
+    """Data, attack, score and figure are the same bytes in another zone, locale, folder and hash order."""
+    line = (
+        f"umask {{umask}}; rb-data shapes --n 5 | rb-attack -m {model_file} --steps 1 -q | tee adv.rbs"
+        f" | rb-score -m {model_file} --json -q > s.jsonl; rb-view adv.rbs -o sheet.png; rb-view s.jsonl -o curve.png"
+    )
+    found = []
+    for number, place in enumerate(PLACES):
+        folder = tmp_path / f"place{number}"
+        folder.mkdir()
+        result = shell(line.format(umask=("077", "022")[number]), cwd=folder, **place)
+        assert result.status == 0, result.err
+        found.append({p.name: p.read_bytes() for p in sorted(folder.iterdir())})
+    assert set(found[0]) == {"adv.rbs", "s.jsonl", "sheet.png", "curve.png"}
+    assert found[0] == found[1]

@@ -165,3 +165,50 @@ def test_images_made_on_a_surrogate_are_judged_by_the_other_model(name):
         agree = evaluation(surrogate).logits(x).argmax(1) == label
         assert agree.sum() > 20
         assert image[agree & moved].numpy() == pytest.approx(end.outcome.images[agree & moved].numpy(), abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- narrower blocks
+
+
+@BOTH
+@pytest.mark.parametrize("name", ("pgd", *NAMES))
+def test_the_last_rows_go_on_in_narrower_blocks_with_the_same_numbers(name, norm):
+    """Against a flow that keeps the full block: bit-equal, though the model has seen fewer rows."""
+    model, x = convnet(), images(45, high=0.9)
+    label = evaluation(model).logits(x).argmax(1)
+    spec = attack.pgd(norm=norm, eps=EPS[norm], steps=6) if name == "pgd" else spec_of(name, norm)
+    found = []
+    for widths in (None, lambda _: (16, 8, 4)):
+        sizes, source = [], polling([Batch(IDS, x, {"label": label})])
+        victim = evaluation(model)
+        victim.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(len(inputs[0])))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attack, "equal_widths", lambda *_, widths=widths: () if widths is None else widths(None))
+            result = next(attack.run(victim, spec, source))[1]
+        found.append((result, sizes))
+    (full, wide), (narrow, narrower) = found
+    for field in FIELDS:
+        assert torch.equal(getattr(full.outcome, field), getattr(narrow.outcome, field)), field
+    assert torch.equal(full.success, narrow.success) and set(wide) == {32}
+    assert {16, 8} & set(narrower) and sum(narrower) < sum(wide)
+
+
+class _WidthDependent(torch.nn.Module):
+    """A network whose answer depends on how many rows are computed with one."""
+
+    def __init__(self, inner, least):
+        super().__init__()
+        self.inner, self.least = inner, least
+
+    def forward(self, x):
+        return self.inner(x) * (1 if len(x) >= self.least else 1.0001)
+
+
+def test_widths_are_those_in_which_a_row_has_the_same_numbers():
+    model = convnet()
+    assert attack.equal_widths(evaluation(model, 64), images(20)) == (32, 16, 8, 4)
+    for least, widths in ((16, (32, 16)), (64, ())):
+        model = convnet()
+        model.net = _WidthDependent(model.net, least)
+        assert attack.equal_widths(evaluation(model, 64), images(20)) == widths
+    assert attack.equal_widths(evaluation(convnet(), 96), images(20)) == (48, 24, 12, 6)

@@ -68,6 +68,10 @@ class ApgdSlots(Slots):
     rises, steps since the last checkpoint that rose; seen and halved, top's value and whether the step was halved there.
     """
 
+    STATE = (
+        *Slots.STATE, "before", "top", "top_gradient", "top_value", "value", "seen", "size", "rises", "halved",
+    )  # fmt: skip
+
     def __init__(self, objective: Objective, plan: Apgd, like: Batch, *, block: int) -> None:
         super().__init__(objective, like, block=block)
         self.plan = plan

@@ -108,8 +108,10 @@ class Slots(ABC):
 
     Kinds of ascent differ in `begin` and `advance`. Whatever they remember is a tensor with a row per slot, because
     slots are at different steps; a row's numbers must depend neither on its slot nor on its neighbours.
-    Shapes: ids, step, restart, active (B,); clean, now (B, C, H, W); context (B, ...) each.
+    STATE names these tensors. Shapes: ids, step, restart, active (B,); clean, now (B, C, H, W); context (B, ...) each.
     """
+
+    STATE: tuple[str, ...] = ("ids", "clean", "now", "step", "restart", "active")
 
     def __init__(self, objective: Objective, like: Batch, *, block: int) -> None:
         device = like.clean.device
@@ -143,6 +145,15 @@ class Slots(ABC):
         self.step[slots], self.restart[slots], self.active[slots] = 0, 0, True
         self._aim(slots)
         self.begin(slots)
+
+    def take(self, slots: Tensor) -> None:
+        """Go on with these slots (int64 indices) alone, in this order: a narrower block."""
+        for name in self.STATE:
+            setattr(self, name, getattr(self, name)[slots])
+        for name in PER_SLOT:
+            setattr(self.best, name, getattr(self.best, name)[slots])
+        self.context = {key: values[slots] for key, values in self.context.items()}
+        self.block = len(slots)
 
     @property
     def rounds(self) -> int:
@@ -252,9 +263,24 @@ def polling(batches: Iterable[Batch]) -> Poll:
 
 
 class Flow:
-    """Rows from batches to slots and back, in order: `poll` is a source of finished batches."""
+    """Rows from batches to slots and back, in order: `poll` is a source of finished batches.
 
-    def __init__(self, objective: Objective, plan: Ascent, poll: Poll, *, block: int, refill: bool = True) -> None:
+    widths: narrower blocks in which rows like those of a batch have the same numbers, to the last bit. The last rows of
+    the input go on in these, since a full block for a few of them would be mostly padding.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        plan: Ascent,
+        poll: Poll,
+        *,
+        block: int,
+        refill: bool = True,
+        widths: Callable[[Batch], tuple[int, ...]] | None = None,
+    ) -> None:
+        self.widths = widths
+        self.narrower: tuple[int, ...] = ()
         self.objective, self.plan, self.block = objective, plan, block
         self.source, self.refill = poll, refill
         self.entries: deque[_Entry] = deque()
@@ -273,8 +299,11 @@ class Flow:
                 entry = self.entries.popleft()
                 return entry.batch, entry.outcome
             if self.slots is None:
-                self.slots = self.plan.slots(self.objective, self.entries[0].batch, block=self.block)
+                first = self.entries[0].batch
+                self.slots = self.plan.slots(self.objective, first, block=self.block)
+                self.narrower = () if self.widths is None or not self.refill else self.widths(first)
             self.fill(self.slots)
+            self._narrow(self.slots)
             self.collect(self.slots, self.slots.advance())
 
     def ask(self, wait: bool) -> bool:
@@ -313,6 +342,17 @@ class Flow:
             device = slots.ids.device
             slots.load(torch.tensor(taken, device=device), entry.batch, torch.tensor(rows, device=device))
             self.owner.update({slot: (entry, row) for slot, row in zip(taken, rows, strict=True)})
+
+    def _narrow(self, slots: Slots) -> None:
+        """Once no row is waiting or can come, let those at work move together into the narrowest block that fits."""
+        if not self.ended or any(entry.waiting for entry in self.entries):
+            return
+        width = min((w for w in self.narrower if len(self.owner) <= w < slots.block), default=None)
+        if width is not None:
+            idle = [s for s in range(slots.block) if s not in self.owner]
+            kept = (sorted(self.owner) + idle)[:width]
+            slots.take(torch.tensor(kept, device=slots.ids.device))
+            self.owner = {new: self.owner[old] for new, old in enumerate(kept) if old in self.owner}
 
     def collect(self, slots: Slots, done: Tensor) -> None:
         """Copy the results of finished slots to their rows."""

@@ -21,6 +21,7 @@ from rbkit.tools.models import Evaluation
 from rbkit.tools.norms import NORMS, Norm
 from rbkit.tools.square import Square
 
+NARROWEST = 4  # rows of a block that the last ones go on in
 TIE = 1e-5  # of the logit range: below it a prediction may differ between equal computations
 
 
@@ -347,7 +348,7 @@ def slots_matter(evaluation: Evaluation, images: Tensor, labels: Tensor) -> bool
     block = evaluation.block
     rows = torch.arange(block, device=images.device) % len(images)
     images, labels = images[rows], labels[rows]
-    value, gradient = _probe(evaluation, images, labels)
+    value, gradient, _ = _probe(evaluation, images, labels)
     reverse = _probe(evaluation, images.flip(0), labels.flip(0))
     lonely, targets = images.clone(), labels.clone()
     lonely[1::2], targets[1::2] = images[0], labels[0]
@@ -356,10 +357,47 @@ def slots_matter(evaluation: Evaluation, images: Tensor, labels: Tensor) -> bool
     return not (same and torch.equal(value[::2], alone[0][::2]) and torch.equal(gradient[::2], alone[1][::2]))
 
 
-def _probe(evaluation: Evaluation, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def equal_widths(evaluation: Evaluation, images: Tensor) -> tuple[int, ...]:
+    """Halves of the block, down to NARROWEST, in which rows have the logits and input gradients of the full block.
+
+    They are tried on `images`, to the last bit: how a sum is ordered depends on shapes, not on values. Empty for a model
+    whose numbers depend on the width.
+    """
+    block = evaluation.block
+    rows = torch.arange(block, device=images.device) % max(len(images), 1)
+    images, found = images[rows], []
+    labels = torch.zeros(block, dtype=torch.int64, device=images.device)
+    whole, width = _probe(evaluation, images, labels), block // 2
+    while width >= NARROWEST and block % width == 0:
+        parts = [_probe(evaluation, i, y) for i, y in zip(images.split(width), labels.split(width), strict=True)]
+        if not all(torch.equal(torch.cat(p), w) for p, w in zip(zip(*parts, strict=True), whole, strict=True)):
+            break
+        found.append(width)
+        width //= 2
+    return tuple(found)
+
+
+class _Widths:
+    """`equal_widths` of a model, found once for all attacks of a sequence."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.evaluation = evaluation
+        self.found: tuple[int, ...] | None = None
+
+    def __call__(self, batch: Batch) -> tuple[int, ...]:
+        if self.found is None:
+            self.found = equal_widths(self.evaluation, batch.clean)
+        return self.found
+
+
+def _probe(evaluation: Evaluation, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, the gradient of their cross-entropy by the images, and the logits without gradients."""
     images = images.detach().requires_grad_()
     logits = evaluation(images)
-    return logits.detach(), torch.autograd.grad(cross_entropy(logits, labels).sum(), images)[0]
+    gradient = torch.autograd.grad(cross_entropy(logits, labels).sum(), images)[0]
+    with torch.no_grad():
+        plain = evaluation(images)
+    return logits.detach(), gradient, plain
 
 
 def run(
@@ -369,9 +407,9 @@ def run(
 
     With a `judge`, images are made on `evaluation`, always to the end, and success is what the judge says.
     """
-    source = poll
+    source, widths = poll, _Widths(evaluation)
     for stage in spec.stages():
-        source = _Stage(evaluation, stage, source, refill=refill, judge=judge).poll
+        source = _Stage(evaluation, stage, source, refill=refill, judge=judge, widths=widths).poll
     for batch in finished(source):
         yield batch.tag.tag, batch.tag.before
 
@@ -380,12 +418,20 @@ class _Stage:
     """One attack of a sequence: takes batches from a source, and is a source of batches for the next."""
 
     def __init__(
-        self, evaluation: Evaluation, spec: Attack, source: Poll, *, refill: bool, judge: Evaluation | None
+        self,
+        evaluation: Evaluation,
+        spec: Attack,
+        source: Poll,
+        *,
+        refill: bool,
+        judge: Evaluation | None,
+        widths: _Widths,
     ) -> None:
         self.evaluation, self.judge, self.source = evaluation, judge, source
         self.spec = spec if judge is None else replace(spec, until="end")
         self.goal = spec.goal(evaluation)
-        self.flow = Flow(self.goal, self.spec.ascent(), self._ready, block=evaluation.block, refill=refill)
+        block = evaluation.block
+        self.flow = Flow(self.goal, self.spec.ascent(), self._ready, block=block, refill=refill, widths=widths)
 
     def _ready(self, wait: bool) -> Batch | None:
         batch = self.source(wait)

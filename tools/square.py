@@ -73,6 +73,8 @@ def _rows(values: Tensor) -> Tensor:
 class SquareSlots(Slots):
     """Slots with the best image of the restart, `top`, and its value; `sides` holds the side of a patch by query."""
 
+    STATE = (*Slots.STATE, "top", "top_value")
+
     def __init__(self, objective: Objective, plan: Square, like: Batch, *, block: int) -> None:
         super().__init__(objective, like, block=block)
         self.plan = plan

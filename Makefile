@@ -297,6 +297,7 @@ export LINK_PLAN
 .PHONY: link link-plan
 link: link-plan  ## robustness against interpretability over a population of models; resumable
 	@$(MAKE) --no-print-directory $(L)/report.html
+	rb-report $(L)/link.jsonl --require --clean $(CLEAN) -o /dev/null
 	@echo "the report is $(L)/report.html"
 link-plan:  ## what make link would cost
 	@awk "$$LINK_PLAN"
@@ -305,7 +306,7 @@ $(L)/link.jsonl: $(LINK_MAIN) $(LINK_CONTROLS)
 	rm -rf $(L)/figures
 	rb-link $(LINK_MAIN) $(foreach f,$(LINK_CONTROLS),--controls $(f)) --figures $(L)/figures/ --json --quiet > $@.tmp && mv $@.tmp $@
 $(L)/report.html: $(L)/link.jsonl $(LINK_PROOF)
-	rb-report $^ $(L)/figures/*.svg --title 'the link on $(DATA)' -o $@
+	rb-report $^ $(L)/figures/*.svg --title 'the link on $(DATA)' --clean $(CLEAN) -o $@
 
 # ---------------------------------------------------------------------------------------------------- tests
 

@@ -77,18 +77,19 @@ def link(
     records, named = _gather(sources or ["-"], controls or [])
     found = _population(records, named, run, incomplete=allow_incomplete)
     picked = _chosen(found, robustness)
-    from rbkit.tools.link import analyse, dose_responses, interpretability
+    from rbkit.tools.link import analyse, dose_responses, interpretability, summary
 
     targets = interpretability(found)
     if not targets:
         raise Input("no interpretability metric; give records of attributions or inversions too")
     if not quiet and len(found.named()["main"]) < 5:
         note("rb-link", f"{len(found.named()['main'])} models besides controls: no p-value, 5 are needed")
+    about = summary(found, picked[0])
     rows = analyse(found, picked, seed=seed)
     curves = dose_responses(found, [*picked, *(t for t in targets if t not in picked)], seed=seed)
     if figures is not None:
         _draw(found, picked, rows, curves, Path(figures), command=_command(sources, controls, robustness))
-    _table.put(rows + curves, json_=json_, table=lambda _: _show(rows, curves))
+    _table.put([about, *rows, *curves], json_=json_, table=lambda _: _show(rows, curves))
 
 
 # ------------------------------------------------------------------------------------------------------ reading

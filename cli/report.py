@@ -126,10 +126,14 @@ class _Study:
             self.files.append(name)
 
     def failings(self, bounds: dict[str, Any]) -> list[str]:
-        """Why the study is worthless, if it is."""
+        """Why the population or the two models are worthless, if they are."""
+        return _link_page.failings(self.link, clean=bounds["clean"]) + self.pair_failings(bounds)
+
+    def pair_failings(self, bounds: dict[str, Any]) -> list[str]:
+        """Why the comparison of two models is worthless, if it is."""
         from rbkit.tools.compare import failings
 
-        return failings(self.records, eps=self.eps, **bounds)
+        return failings(self.records, eps=self.eps, **bounds) if self.records else []
 
 
 def _radius(study: _Study) -> float:
@@ -151,6 +155,7 @@ def _page(study: _Study, title: str, bounds: dict[str, Any], folder: str | None)
         parts += [
             html.paragraph(f"{title}: a population of models; every interval is 95 %.", kind="sub"),
             html.paragraph(_link_page.answer(study.link), kind="answer"),
+            *_alarm("This population decides nothing", _link_page.failings(study.link, clean=bounds["clean"])),
             *_link_page.sections(study.link, study.drawn),
         ]
     if study.records:
@@ -164,10 +169,15 @@ def _pair_sections(study: _Study, title: str, bounds: dict[str, Any], folder: st
 
     about = f"{title}: one standard and one adversarially trained model; every interval is 95 %."
     parts = [html.paragraph(about, kind="sub"), html.paragraph(answer(study), kind="answer")]
-    reasons = study.failings(bounds)
-    if reasons:
-        parts.append(html.paragraph("This study decides nothing: " + "; ".join(reasons) + ".", kind="answer alarm"))
+    parts += _alarm("This study decides nothing", study.pair_failings(bounds))
     return parts + _accuracy_section(study, folder) + _flag_section(study) + _map_section(study, folder)
+
+
+def _alarm(what: str, reasons: list[str]) -> list[str]:
+    """A paragraph that says why numbers must not be trusted, where there is a reason."""
+    from rbkit.formats import html
+
+    return [html.paragraph(f"{what}: " + "; ".join(reasons) + ".", kind="answer alarm")] if reasons else []
 
 
 def _share(record: dict[str, Any] | None) -> str:
@@ -323,7 +333,7 @@ def _control_section(study: _Study) -> list[str]:
             "so much does each lean on it. A metric that is worth its name prefers the model that looks at the object."
         ))  # fmt: skip
     if reasons:
-        return [*parts, html.paragraph("The control does not count: " + "; ".join(reasons) + ".", kind="answer alarm")]
+        return parts + _alarm("The control does not count", reasons)
     rows = [
         [row["metric"].replace("_", " "), str(row["robust"].get("method")), _number(row["standard"]), _number(row["robust"]),
          row["robust"]["better"], str(row["robust"]["n"]), row["tells"]]

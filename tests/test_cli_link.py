@@ -69,6 +69,10 @@ def test_a_population_becomes_records(scores):
     rows = records(result)
     assert result.err == ""
     assert [sum(r["kind"] == kind for r in rows) for kind in ("correlation", "verdict", "dose_response")] == [8, 2, 3]
+    whole = rows[0]
+    plain = [r["value"] for f in files[::4] for r in map(json.loads, f.read_text().splitlines()[:1])]
+    assert whole["kind"] == "population" and whole["best_eps"] == 1 and 0.5 < whole["gain"] < 0.7
+    assert [whole[k] for k in ("value", "low", "high")] == pytest.approx([np.mean(plain), min(plain), max(plain)])
     for row in rows:
         assert {"metric", "value", "low", "high", "n", "unit", "better"} <= set(row) and row["n"] == 12
         assert all(value is not None for value in (row["value"], row["low"])) or any(
@@ -200,7 +204,7 @@ def test_runs_of_several_models(scores, tmp_path, capfd):
     rows = [json.loads(line) for path in sorted(scores.glob("eps*.jsonl")) for line in path.read_text().splitlines()]
     rows = [r | {"job": int(r["model_sha"], 16) // 2} for r in rows]
     link([str(write(tmp_path / "jobs.jsonl", rows))], run="job", json_=True)
-    row = json.loads(capfd.readouterr().out.splitlines()[0])
+    row = json.loads(capfd.readouterr().out.splitlines()[1])
     assert (
         (row["n"], row["runs"]) == (12, 6) and row["low"] is None and row["p"] is None and row["boot_low"] is not None
     )

@@ -7,6 +7,7 @@ import random
 import re
 from pathlib import Path
 
+import pytest
 from conftest import execute
 
 
@@ -68,6 +69,21 @@ def test_a_population_is_drawn(tmp_path: Path) -> None:
     (tmp_path / "bad.svg").write_text("<svg")
     result = execute("rb-report", link, tmp_path / "bad.svg", "-o", tmp_path / "r.html")
     assert result.status == 3 and "bad.svg" in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({}, None), ({"value": 0.3}, "clean accuracy of 0.300"), ({"gain": 0.04}, "the best radius adds 0.040")],
+)
+def test_a_population_that_learned_nothing_is_told_of(tmp_path: Path, change: dict, words: str | None) -> None:
+    first, *rest = population(tmp_path).read_text().splitlines()
+    assert json.loads(first)["kind"] == "population"
+    (tmp_path / "link.jsonl").write_text("\n".join([json.dumps(json.loads(first) | change), *rest]) + "\n")
+    result = execute("rb-report", tmp_path / "link.jsonl", "--require", "-o", tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert result.status == (0 if words is None else 8)
+    assert ("decides nothing" in text) == (words is not None) and (words or "") in text
+    assert (words or "") in result.err and result.err.count("\n") == (0 if words is None else 1)
 
 
 def control(*, lost: float) -> list[dict]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rbkit.tools.ascend import Batch, Objective, Slots, Start
-from rbkit.tools.norms import Norm
+from rbkit.tools.norms import Norm, per_row
 
 MOMENTUM = 0.75  # share of the new direction in a step, alpha of section 3.1
 RISING = 0.75  # share of steps that must rise between two checkpoints, rho of section 3.2
@@ -55,10 +55,6 @@ def _spans(steps: int) -> list[int]:
     for at in checkpoints(steps):
         spans[at], before = at - before, at
     return spans
-
-
-def _rows(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
 
 
 class ApgdSlots(Slots):
@@ -111,8 +107,8 @@ class ApgdSlots(Slots):
         self.rises = self.rises + ((value > self.value) & (self.step > 0))
         self.value = value
         self.top_value = torch.where(higher, value, self.top_value)
-        self.top = torch.where(_rows(higher), self.now, self.top)
-        self.top_gradient = torch.where(_rows(higher), gradient, self.top_gradient)
+        self.top = torch.where(per_row(higher), self.now, self.top)
+        self.top_gradient = torch.where(per_row(higher), gradient, self.top_gradient)
 
     def _reconsider(self, gradient: Tensor) -> Tensor:
         """At checkpoints: halve the step and go back to the best point if fewer than RISING of the steps rose, or if
@@ -123,7 +119,7 @@ class ApgdSlots(Slots):
             return gradient
         stuck = ~self.halved & (self.top_value <= self.seen)
         halve = here & ((self.rises < RISING * span) | stuck)
-        back = _rows(halve)
+        back = per_row(halve)
         # `before` stays: the momentum of the next step is the way from there to the best point, as in the algorithm.
         self.now = torch.where(back, self.top, self.now)
         self.value = torch.where(halve, self.top_value, self.value)
@@ -135,11 +131,11 @@ class ApgdSlots(Slots):
 
     def _move(self, moving: Tensor, gradient: Tensor) -> None:
         """Equation (1) of the paper: a projected step, mixed with the last movement."""
-        aim = self._inside(self.now + _rows(self.size) * self.plan.norm.step(gradient))
+        aim = self._inside(self.now + per_row(self.size) * self.plan.norm.step(gradient))
         mixed = self.now + MOMENTUM * (aim - self.now) + (1 - MOMENTUM) * (self.now - self.before)
-        moved = torch.where(_rows(self.step == 0), aim, self._inside(mixed))
-        self.before = torch.where(_rows(moving), self.now, self.before)
-        self.now = torch.where(_rows(moving), moved, self.now)
+        moved = torch.where(per_row(self.step == 0), aim, self._inside(mixed))
+        self.before = torch.where(per_row(moving), self.now, self.before)
+        self.now = torch.where(per_row(moving), moved, self.now)
         self.step = self.step + moving
 
     def _inside(self, images: Tensor) -> Tensor:

@@ -114,8 +114,3 @@ def accumulated(
         total.index_add_(0, rows[: pairs - start], found)
         square.index_add_(0, rows[: pairs - start], found.flatten(1).double().sum(1) ** 2)
     return total, square
-
-
-def per_row(values: Tensor) -> Tensor:
-    """Values (N,) that broadcast to images, (N, 1, 1, 1)."""
-    return values[:, None, None, None]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rbkit.tools.ascend import Batch, Objective, Slots, Start
-from rbkit.tools.norms import Norm
+from rbkit.tools.norms import Norm, per_row
 
 BIAS = 0.1  # largest share of the clean image's projection in a step, alpha_max of section 3.3
 OVERSHOOT = 1.05  # eta: how far a step goes, as a multiple of the way to the linearised boundary
@@ -41,10 +41,6 @@ class Fab:
         return FabSlots(objective, self, like, block=block)
 
 
-def _rows(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
-
-
 def project(images: Tensor, normal: Tensor, offset: Tensor, *, norm: str) -> Tensor:
     """The shortest way from images to the hyperplane <normal, image + d> = <normal, image> + offset inside the box.
 
@@ -57,7 +53,7 @@ def project(images: Tensor, normal: Tensor, offset: Tensor, *, norm: str) -> Ten
     """
     scale = normal.abs().amax((1, 2, 3))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # so that no square of an entry vanishes
-    sign = normal.sign() * _rows(torch.where(offset >= 0, 1.0, -1.0).to(images))
+    sign = normal.sign() * per_row(torch.where(offset >= 0, 1.0, -1.0).to(images))
     weight = normal.abs().flatten(1) / scale[:, None]
     room = torch.where(sign > 0, 1 - images, images).flatten(1) * (weight > 0)
     speed = weight if norm == "l2" else (weight > 0).to(weight)
@@ -104,7 +100,7 @@ class FabSlots(Slots):
         _, reached, _ = self.evaluate(torch.zeros_like(self.active))
         self._found(reached)
         back = self.clean + BACK * (self.now - self.clean)
-        self.now = torch.where(_rows(reached), back, self.now)
+        self.now = torch.where(per_row(reached), back, self.now)
         ended = self.active & (self.step >= plan.steps)
         done = ended & (self.restart + 1 >= plan.restarts * self.rounds)
         self.begin_again(ended & ~done)
@@ -130,7 +126,7 @@ class FabSlots(Slots):
         way = project(points, normals, torch.cat([-value, along - value]), norm=self.plan.norm.name)
         near, far = way.chunk(2)
         sizes = [self.plan.norm.size(d).clamp_min(1e-8) for d in (near, far)]
-        share = _rows((sizes[0] / (sizes[0] + sizes[1])).clamp_max(BIAS))
+        share = per_row((sizes[0] / (sizes[0] + sizes[1])).clamp_max(BIAS))
         moved = (1 - share) * (self.now + OVERSHOOT * near) + share * (self.clean + OVERSHOOT * far)
-        self.now = torch.where(_rows(moving), moved.clamp(0, 1), self.now)
+        self.now = torch.where(per_row(moving), moved.clamp(0, 1), self.now)
         self.step = self.step + moving

@@ -490,6 +490,33 @@ def trained_radius(about: Mapping[str, Any]) -> float | None:
     return float(eps or 0.0)
 
 
+def summary(found: Population, robustness: Subject) -> dict[str, Any]:
+    """Whether there is anything to learn from the population: a record of kind `population`, controls left out.
+
+    value, low, high: mean, least and largest clean accuracy of the models trained without an attack (null where there are
+    none); gain: how far the mean robustness at the best radius lies above theirs; best_eps: that radius.
+    """
+    models = found.named()[MAIN]
+    radii = [trained_radius(found.about[m]) for m in models]
+    clean, robust = clean_accuracy(found, models), found.column(robustness, models)
+    plain = np.array([eps == 0 for eps in radii], dtype=bool)
+    at = {
+        eps: robust[np.array([r == eps for r in radii]) & np.isfinite(robust)]
+        for eps in sorted({r for r in radii if r is not None})
+    }
+    means = {eps: float(values.mean()) for eps, values in at.items() if len(values)}
+    known = clean[plain & np.isfinite(clean)]
+    best = max(means, key=lambda eps: means[eps], default=None)
+    has_gain = best is not None and 0.0 in means
+    return {
+        "kind": "population", "metric": "clean_accuracy", "unit": "share", "better": "higher", "n": len(models),
+        "value": float(known.mean()) if len(known) else None, "low": float(known.min()) if len(known) else None,
+        "high": float(known.max()) if len(known) else None, "robustness": found.label(robustness),
+        "gain": means[best] - means[0.0] if has_gain else None, "best_eps": best,
+        "reason": None if len(known) else "no model was trained without an attack",
+    }  # fmt: skip
+
+
 def dose_responses(found: Population, subjects: Sequence[Subject], *, seed: int = 0) -> list[dict[str, Any]]:
     """How each subject moves over the radius of training, controls left out: a record per norm and subject.
 

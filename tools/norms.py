@@ -27,9 +27,9 @@ class Norm:
     size: Callable[[Tensor], Tensor]
 
 
-def _rows(values: Tensor) -> Tensor:
-    """(N,) as (N, 1, 1, 1)."""
-    return values[:, None, None, None]
+def per_row(values: Tensor) -> Tensor:
+    """Values per example (N,), or per example and channel (N, C), as (N, 1 or C, 1, 1), which multiply images."""
+    return values.reshape(len(values), -1, 1, 1)
 
 
 def l2_size(delta: Tensor) -> Tensor:
@@ -43,23 +43,23 @@ def l2_step(gradient: Tensor) -> Tensor:
     Scaled by its largest entry first, so that the direction survives gradients too small to square.
     """
     largest = gradient.abs().amax(dim=(1, 2, 3))
-    scaled = gradient / _rows(torch.where(largest > 0, largest, torch.ones_like(largest)))
+    scaled = gradient / per_row(torch.where(largest > 0, largest, torch.ones_like(largest)))
     size = l2_size(scaled)
-    return scaled / _rows(torch.where(size > 0, size, torch.ones_like(size)))
+    return scaled / per_row(torch.where(size > 0, size, torch.ones_like(size)))
 
 
 def l2_project(delta: Tensor, eps: float) -> Tensor:
     """Delta scaled back to the ball where it lies outside."""
     size = l2_size(delta)
     # One part in 10 million inside, so that rounding of image + delta cannot leave the ball.
-    return delta * _rows(torch.clamp(eps * (1 - 1e-7) / size.clamp_min(1e-30), max=1.0))
+    return delta * per_row(torch.clamp(eps * (1 - 1e-7) / size.clamp_min(1e-30), max=1.0))
 
 
 def l2_start(ids: Tensor, shape: tuple[int, ...], eps: float, *, seed: int, draw: int | Tensor = 0) -> Tensor:
     """Uniform in the ball: a uniform direction, radius eps u**(1/d)."""
     direction = l2_step(random.normal(ids, shape, seed=seed, purpose="start l2", draw=draw))
     u = random.uniform(ids, (1,), seed=seed, purpose="start radius", draw=draw)[:, 0]
-    return direction * _rows(eps * u ** (1.0 / math.prod(shape)))
+    return direction * per_row(eps * u ** (1.0 / math.prod(shape)))
 
 
 def linf_size(delta: Tensor) -> Tensor:

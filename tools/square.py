@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rbkit.tools import random
 from rbkit.tools.ascend import Batch, Objective, Slots
-from rbkit.tools.norms import Norm
+from rbkit.tools.norms import Norm, per_row
 
 SHARE = 0.8  # of the pixels that the first patches cover, p of section 3.2
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000 after which the share is halved
@@ -65,11 +65,6 @@ def _bump(height: int, width: int) -> Tensor:
     return sums[depth]
 
 
-def _rows(values: Tensor) -> Tensor:
-    """(B,) or (B, C) as (B, 1 or C, 1, 1)."""
-    return values.reshape(len(values), -1, 1, 1)
-
-
 class SquareSlots(Slots):
     """Slots with the best image of the restart, `top`, and its value; `sides` holds the side of a patch by query."""
 
@@ -106,7 +101,7 @@ class SquareSlots(Slots):
         self.keep(self.improved(value, reached), self.now, value, reached)
         higher = value > self.top_value
         self.top_value = torch.where(higher, value, self.top_value)
-        self.top = torch.where(_rows(higher), self.now, self.top)
+        self.top = torch.where(per_row(higher), self.now, self.top)
         self.step = self.step + self.active
         ended = self.active & (self.step >= plan.queries)
         done = ended & (self.restart + 1 >= plan.restarts)
@@ -166,7 +161,7 @@ class LinfSlots(SquareSlots):
         """The best image with a patch at the edge of the ball."""
         words, side = self.words(2 + self.clean.shape[1]), self.sides[self.step]
         patch = self.patch(*self.corner(words, side), side)
-        return torch.where(patch, self.clean + self.plan.eps * _rows(_sign(words[:, 2:])), self.top)
+        return torch.where(patch, self.clean + self.plan.eps * per_row(_sign(words[:, 2:])), self.top)
 
 
 class L2Slots(SquareSlots):
@@ -205,8 +200,8 @@ class L2Slots(SquareSlots):
         unused = (self.plan.eps**2 - energy.sum((1, 2, 3))).clamp_min(0)[:, None] / delta.shape[1]
         available = ((energy * (here | there)).sum((2, 3)) + unused).sqrt()
         bump = self.bumps(corner, side, words[:, 4] >> 31, here)
-        pushed = _rows(_sign(words[:, 5:])) * bump + _unit(inside)
-        moved = torch.where(here, _unit(pushed) * _rows(available), delta * ~there)
+        pushed = per_row(_sign(words[:, 5:])) * bump + _unit(inside)
+        moved = torch.where(here, _unit(pushed) * per_row(available), delta * ~there)
         return self.clean + self.scaled(moved)
 
     def bumps(self, corner: tuple[Tensor, Tensor], side: Tensor, turned: Tensor, here: Tensor) -> Tensor:

@@ -65,13 +65,13 @@ def sections(records: list[dict[str, Any]], drawn: list[str]) -> list[str]:
     parts = [html.heading("Robustness and interpretability over a population"), *_overview(records)]
     heads = [
         "metric",
-        "models",
+        "verdict",
         "Pearson (95 %)",
-        "cluster bootstrap",
         "p",
         "partial (95 %)",
         "p",
-        "verdict",
+        "cluster bootstrap",
+        "models",
         "other populations",
     ]
     rows = [_verdict_row(r, records) for r in records if r["kind"] == "verdict"]
@@ -131,15 +131,16 @@ def _verdict_row(record: dict[str, Any], records: list[dict[str, Any]]) -> list[
     )  # fmt: skip
     other = [f"{name}: {text}" for name, text in record["elsewhere"].items() if text != record["verdict"]]
     return [
-        record["of"].replace("_", " "), str(record["n"]), _between(record["value"], record["low"], record["high"]),
-        _between(raw["value"], raw["boot_low"], raw["boot_high"]).partition(" ")[2], _p(record["p_adjusted"]),
+        record["of"].replace("_", " "), record["verdict"],
+        _between(record["value"], record["low"], record["high"]), _p(record["p_adjusted"]),
         _between(record["partial"], record["partial_low"], record["partial_high"]), _p(record["partial_p_adjusted"]),
-        record["verdict"], "; ".join(other),
+        _between(raw["value"], raw["boot_low"], raw["boot_high"]).partition(" ")[2], str(record["n"]), "; ".join(other),
     ]  # fmt: skip
 
 
 def _curve_row(record: dict[str, Any]) -> list[str]:
-    moves = {True: "better", False: "worse"}.get(record.get("improves"), record.get("reason", ""))  # type: ignore[arg-type]
+    told = {True: "better", False: "worse", None: "not told from 0"}
+    moves = told[record["improves"]] if "eps" in record else record["reason"]
     change = _between(record.get("change"), record.get("change_low"), record.get("change_high"))
     half = _between(record["value"], record["low"], record["high"])
     return [record["of"].replace("_", " "), record["norm"], str(record["n"]), half, change, str(moves)]

@@ -19,7 +19,7 @@ p.alarm { border-left-color: var(--red); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .86rem; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-td:last-child { white-space: normal; min-width: 6rem; }
+td.long { white-space: normal; min-width: 14rem; }
 th { color: var(--soft); font-weight: 600; }
 td.robust { color: var(--blue); font-weight: 600; } td.standard { color: var(--red); font-weight: 600; }
 td.open { color: var(--soft); }
@@ -47,15 +47,20 @@ def paragraph(text: str, *, kind: str = "") -> str:
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
+LONG = 32  # characters from which a cell is broken into lines
+
+
+def _cell(text: str, *, marked: bool) -> str:
+    kind = text if marked else "long" if len(text) > LONG else ""
+    return f'<td class="{escape(kind)}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, marked: int | None = None) -> str:
     """A table; the cells of column `marked` carry their text as a class."""
     head = "".join(f"<th>{escape(h)}</th>" for h in heads)
     body = []
     for row in rows:
-        cells = [
-            f'<td class="{escape(cell)}">{escape(cell)}</td>' if column == marked else f"<td>{escape(cell)}</td>"
-            for column, cell in enumerate(row)
-        ]
+        cells = [_cell(cell, marked=column == marked) for column, cell in enumerate(row)]
         body.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 

@@ -51,6 +51,7 @@ PYTHON ?= python3
 N_shapes       := 4000
 AUGMENT_shapes := crop
 AUGMENT_fashion-mnist := none
+AUGMENT_cifar10 := flip
 CLEAN_shapes   := 0.85:0.97
 EPS_fashion-mnist := 1.0
 EPS_cifar10    := 0.5

@@ -298,8 +298,8 @@ export LINK_PLAN
 .PHONY: link link-plan
 link: link-plan  ## robustness against interpretability over a population of models; resumable
 	@$(MAKE) --no-print-directory $(L)/report.html
-	rb-report $(L)/link.jsonl --require --clean $(CLEAN) -o /dev/null
 	@echo "the report is $(L)/report.html"
+	rb-report $(L)/link.jsonl --require --clean $(CLEAN) -o /dev/null
 link-plan:  ## what make link would cost
 	@awk "$$LINK_PLAN"
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,11 +32,14 @@ from rbkit.tools.batch import Batch as Judged
 from rbkit.tools.metrics import evaluate
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.shapley import grid
 
 PEERS = ("torchattacks", "foolbox", "adversarial-robustness-toolbox", "captum", "shap", "quantus")
 NORM, EPS, STEPS = "l2", 0.5, 20
 LINF = 8 / 255
 POINTS = 50  # of a path, and background draws
+WINDOW, STRIDE = 8, 4  # of occlusion, in pixels
+WALKS, PLAYERS = 10, 64  # of permutation Shapley values: permutations walked both ways, blocks of pixels
 
 
 @dataclass
@@ -195,19 +199,64 @@ def plain_training(place: Bed) -> None:
 
 def ours_maps(place: Bed, method: str, count: int) -> None:
     """Attributions as rb-saliency makes them."""
-    spec = Saliency(method, steps=POINTS, samples=POINTS)
+    samples = WALKS if method == "permutation-shap" else POINTS
+    spec = Saliency(method, steps=POINTS, samples=samples, window=WINDOW, stride=STRIDE, masker="black", players=8)
     explain(
         place.best, place.images[:count], place.labels[:count], spec, ids=place.ids[:count], background=place.background
     )
 
 
-def captum_ig(place: Bed, count: int) -> None:
-    """captum's integrated gradients, 64 points at a time."""
+def captum_ig(place: Bed, net: nn.Module, count: int) -> None:
+    """captum's integrated gradients by the trapezoid rule, 64 points at a time; its n points are n - 1 of our intervals."""
     from captum.attr import IntegratedGradients
 
-    IntegratedGradients(place.plain).attribute(
-        place.images[:count], target=place.labels[:count], n_steps=POINTS, internal_batch_size=64
+    IntegratedGradients(net).attribute(
+        place.images[:count], target=place.labels[:count], n_steps=POINTS + 1, method="riemann_trapezoid",
+        internal_batch_size=64,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def captum_occlusion(place: Bed, net: nn.Module, count: int) -> None:
+    """captum's occlusion on the same windows, one at a time, of which its batch is made."""
+    from captum.attr import Occlusion
+
+    Occlusion(net).attribute(
+        place.images[:count],
+        (3, WINDOW, WINDOW),
+        (3, STRIDE, STRIDE),
+        0,
+        place.labels[:count],
+        perturbations_per_eval=1,
     )
+
+
+def shap_permutation(place: Bed, net: nn.Module, count: int) -> None:
+    """shap's permutations, image by image, 64 coalitions at a time; a function composes the images of a batch."""
+    import shap
+
+    players = grid(Saliency("permutation-shap"), 32, 32, default=8)
+    for image, goal in zip(place.images[:count], place.labels[:count].tolist(), strict=True):
+
+        @torch.no_grad()
+        def play(kept: np.ndarray, image: Tensor = image, goal: int = goal) -> np.ndarray:
+            shown = image * torch.from_numpy(np.asarray(kept, dtype=np.float32))[:, players][:, None]
+            return net(shown)[:, goal].double().numpy()
+
+        explainer = shap.explainers.Permutation(play, np.zeros((1, PLAYERS)), seed=0)
+        explainer(np.ones((1, PLAYERS)), max_evals=WALKS * (2 * PLAYERS + 1), silent=True, batch_size=64)
+
+
+@torch.no_grad()
+def captum_shapley(place: Bed, net: nn.Module, count: int) -> None:
+    """captum's Shapley values, which know no reverse: as many permutations as we walk forth and back, 64 rows at a time."""
+    from captum.attr import ShapleyValueSampling
+
+    players = grid(Saliency("permutation-shap"), 32, 32, default=8)
+    ShapleyValueSampling(net).attribute(
+        place.images[:count], 0, place.labels[:count], feature_mask=players[None, None], n_samples=2 * WALKS,
+        perturbations_per_eval=64 // count,
+    )  # fmt: skip
 
 
 def captum_shap(place: Bed, count: int) -> None:
@@ -263,6 +312,17 @@ def quantus_metric(place: Bed, name: str, count: int) -> None:
     )  # fmt: skip
 
 
+def map_group(
+    place: Bed, title: str, method: str, count: int, peers: dict[str, Callable[..., None]], *, passes: int = 0
+) -> Group:
+    """An attribution by us and by peers: on the network as their user has it, and on ours, which leaves the harnesses alone."""
+    work: dict[str, Callable[[], object]] = {"rbkit": functools.partial(ours_maps, place, method, count)}
+    for name, peer in peers.items():
+        work[name] = functools.partial(peer, place, place.plain, count)
+        work[f"{name}, our network"] = functools.partial(peer, place, place.best, count)
+    return Group(f"{title}, resnet8", passes, count, work)
+
+
 def groups(place: Bed) -> Iterator[Group]:
     """All in-process work on the small model."""
     yield attack_group(place, "L2, resnet8", norm="l2", eps=EPS)
@@ -273,14 +333,19 @@ def groups(place: Bed) -> Iterator[Group]:
         "torchattacks in a plain loop": functools.partial(plain_training, place),
     })  # fmt: skip
     few = min(64, len(place.images))
-    yield Group(f"IG, {POINTS} points, resnet8", POINTS + 1, few, {
-        "rbkit": functools.partial(ours_maps, place, "ig", few), "captum": functools.partial(captum_ig, place, few),
-    })  # fmt: skip
+    yield map_group(place, f"IG, {POINTS} intervals", "ig", few, {"captum": captum_ig}, passes=POINTS + 1)
     yield Group(f"expected gradients, {POINTS} samples, resnet8", POINTS, few, {
         "rbkit": functools.partial(ours_maps, place, "shap", few),
         "captum GradientShap": functools.partial(captum_shap, place, few),
         "shap GradientExplainer": functools.partial(shap_gradient, place, few),
     })  # fmt: skip
+    yield map_group(
+        place, f"occlusion, windows of {WINDOW}, stride {STRIDE}", "occlusion", few, {"captum": captum_occlusion}
+    )
+    yield map_group(
+        place, f"permutation Shapley values, {PLAYERS} players, {WALKS} permutations both ways", "permutation-shap", 8,
+        {"shap": shap_permutation, "captum": captum_shapley},
+    )  # fmt: skip
     for name, title in (("deletion_mean", "deletion, 32 steps"), ("max_sensitivity", "max-sensitivity, 2 copies")):
         yield Group(f"{title}, resnet8", 0, few, {
             "rbkit": functools.partial(ours_metric, place, name, few),

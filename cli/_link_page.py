@@ -8,7 +8,6 @@ from typing import Any
 from rbkit.cli._errors import Input, blame
 
 KINDS = ("population", "verdict", "correlation", "dose_response")
-GAIN = 0.1  # robustness that the best radius must add to standard training, for a population to say anything
 VERDICTS = ("rises", "does not rise", "only because accuracy falls", "open")
 SAYING = {
     "rises": "rising with robustness, also with clean accuracy held fixed",
@@ -42,20 +41,6 @@ def answer(records: list[dict[str, Any]]) -> str:
         f"{found[0]['robustness'].replace('_', ' ')}, each metric turned so that higher is better; p-values are corrected "
         "over the whole family."
     )
-
-
-def failings(records: list[dict[str, Any]], *, clean: tuple[float, float]) -> list[str]:
-    """Why the population is worthless, if it is: its standard models have not learned, or none is more robust."""
-    found = []
-    for record in (r for r in records if r["kind"] == "population"):
-        value, gain = record["value"], record["gain"]
-        if value is not None and not clean[0] <= value <= clean[1]:
-            found.append(f"standard models have a clean accuracy of {value:.3f}, expected {clean[0]:g} to {clean[1]:g}")
-        if gain is not None and gain < GAIN:
-            found.append(
-                f"the best radius adds {gain:.3f} to the robustness of standard models, expected {GAIN:g} or more"
-            )
-    return found
 
 
 def sections(records: list[dict[str, Any]], drawn: list[str]) -> list[str]:

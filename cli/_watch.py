@@ -31,9 +31,9 @@ def pace(text: str | None) -> tuple[int, float]:
 class Watch:
     """Handlers that only remember their signal, and the clock of the last checkpoint."""
 
-    def __init__(self, job: Job, *, every: str | None) -> None:
+    def __init__(self, job: Job, *, every: tuple[int, float]) -> None:
         self.job = job
-        self.steps, self.seconds = pace(every)
+        self.steps, self.seconds = every
         self.caught: list[int] = []
         self.saved_at = time.monotonic()
 

@@ -289,7 +289,7 @@ def _slots_matter(victim: Model, evaluation: Evaluation, first: Chunk, options: 
     import torch
 
     from rbkit.tools.architectures import OWN
-    from rbkit.tools.attack import slots_matter
+    from rbkit.tools.sameness import slots_matter
     from rbkit.tools.train import as_float
 
     if victim.meta["arch"] in OWN or not options["refill"] or not first.count:

@@ -127,7 +127,13 @@ class _Study:
 
     def failings(self, bounds: dict[str, Any]) -> list[str]:
         """Why the population or the two models are worthless, if they are."""
-        return _link_page.failings(self.link, clean=bounds["clean"]) + self.pair_failings(bounds)
+        return self.population_failings(bounds) + self.pair_failings(bounds)
+
+    def population_failings(self, bounds: dict[str, Any]) -> list[str]:
+        """Why the population is worthless, if it is."""
+        from rbkit.tools.compare import population_failings
+
+        return population_failings(self.link, clean=bounds["clean"])
 
     def pair_failings(self, bounds: dict[str, Any]) -> list[str]:
         """Why the comparison of two models is worthless, if it is."""
@@ -155,7 +161,7 @@ def _page(study: _Study, title: str, bounds: dict[str, Any], folder: str | None)
         parts += [
             html.paragraph(f"{title}: a population of models; every interval is 95 %.", kind="sub"),
             html.paragraph(_link_page.answer(study.link), kind="answer"),
-            *_alarm("This population decides nothing", _link_page.failings(study.link, clean=bounds["clean"])),
+            *_alarm("This population decides nothing", study.population_failings(bounds)),
             *_link_page.sections(study.link, study.drawn),
         ]
     if study.records:

@@ -27,7 +27,7 @@ from rbkit.cli._options import (
 )
 from rbkit.cli._options import Output as OutputFile
 from rbkit.cli._progress import Progress
-from rbkit.cli._watch import Watch
+from rbkit.cli._watch import Watch, pace
 from rbkit.formats.errors import FormatError
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def train(
     --resume goes on to the same bytes.
     """
     options = dict(locals())
-    recipe = _recipe(options)
+    recipe, every = _recipe(options), pace(checkpoint_every)
     _io.refuse_same_file(source, output)
     _check_outputs(output, last, log)
     place = set_up(device, threads)
@@ -181,11 +181,10 @@ def train(
     training, held_out = _held_out(options, data, place)
     options["val"] = val if _is_share(val) else None
     job = _checkpoint.Job(options, recipe, data, path=None if output == "-" else f"{output}.ckpt")
-    watch = Watch(job, every=checkpoint_every)
     if resume and _finished(output, job):
         return
     state = _begin(options, recipe, data, meta, place, resume, job)
-    _run(options, state, training, held_out, recipe, watch)
+    _run(options, state, training, held_out, recipe, Watch(job, every=every))
     _write(options, recipe, state, meta, data, job)
 
 

@@ -7,7 +7,7 @@ import reference
 import torch
 from toys import C, H, K, N, W, convnet, evaluation, generator, images, linear, weights_of
 
-from rbkit.tools import attack
+from rbkit.tools import attack, losses
 from rbkit.tools.apgd import Apgd, checkpoints
 from rbkit.tools.ascend import Batch, ascend, flow, polling
 from rbkit.tools.models import Classifier
@@ -88,7 +88,7 @@ def test_apgd_equals_the_slow_algorithm(norm):
 
         def measure(point, y=label[i : i + 1]):
             at = point[None].clone().requires_grad_()
-            value = attack.cross_entropy(double(at), y).sum()
+            value = losses.cross_entropy(double(at), y).sum()
             return float(value.detach()), torch.autograd.grad(value, at)[0][0]
 
         value, top, halvings = slow_apgd(x[i].double(), measure, norm=norm, eps=eps, steps=steps)
@@ -159,11 +159,11 @@ def test_targeted_losses_equal_their_definitions():
     for i, row in enumerate(logits.double().tolist()):
         top = sorted(row, reverse=True)
         gap = row[int(target[i])] - row[int(label[i])]
-        assert float(attack.targeted_margin(logits, label, target)[i]) == pytest.approx(gap, abs=1e-6)
+        assert float(losses.targeted_margin(logits, label, target)[i]) == pytest.approx(gap, abs=1e-6)
         ratio = gap / (top[0] - (top[2] + top[3]) / 2)
-        assert float(attack.targeted_dlr(logits, label, target)[i]) == pytest.approx(ratio, rel=1e-5)
+        assert float(losses.targeted_dlr(logits, label, target)[i]) == pytest.approx(ratio, rel=1e-5)
     with pytest.raises(ValueError, match="at least 4 classes"):
-        attack.targeted_dlr(logits[:, :3], label % 3, target % 3)
+        losses.targeted_dlr(logits[:, :3], label % 3, target % 3)
 
 
 def test_targets_are_the_likeliest_others_in_order():

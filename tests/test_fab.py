@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import C, H, K, N, W, convnet, evaluation, generator, images, linear, weights_of
 
-from rbkit.tools import attack
+from rbkit.tools import attack, losses
 from rbkit.tools.ascend import Batch, polling
 from rbkit.tools.fab import project
 from rbkit.tools.norms import NORMS
@@ -97,7 +97,7 @@ def test_distance_of_a_linear_model_is_the_closed_form(norm, classes):
     exact = torch.tensor(distances(model, x, label, norm), dtype=torch.float64)
     distance = found.distance.double()
     assert (distance > exact * (1 - 1e-4)).all() and (distance < 1.01 * exact + 1e-4).all(), distance / exact
-    free = [float(attack.margin(evaluation(model).logits(x), label)[i]) for i in range(N)]
+    free = [float(losses.margin(evaluation(model).logits(x), label)[i]) for i in range(N)]
     if classes == 2:
         w = weights_of(model).double()
         dual = float((w[0] - w[1]).norm() if norm == "l2" else (w[0] - w[1]).abs().sum())
@@ -118,7 +118,7 @@ def test_only_points_inside_the_ball_are_results(norm):
     assert torch.equal(found.outcome.images[~inside], x[~inside])
     size = NORMS[norm].size(found.outcome.images - x)
     assert torch.equal(size[inside], found.distance[inside])
-    assert attack.is_broken(evaluation(model).logits(found.outcome.images), label)[inside].all()
+    assert losses.is_broken(evaluation(model).logits(found.outcome.images), label)[inside].all()
     early = attacked(model, attack.fab_t(norm=norm, eps=eps, steps=15, until="broken"), x, label, ids=ids)
     assert torch.equal(early.success, found.success) and early.distance is None
     assert (early.outcome.backwards <= found.outcome.backwards).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import C, H, K, N, W, convnet, evaluation, images, linear, weights_of
 
-from rbkit.tools import attack
+from rbkit.tools import attack, losses
 from rbkit.tools.ascend import Batch, polling
 from rbkit.tools.norms import L2, LINF, NORMS
 from rbkit.tools.square import Square, covered, pyramid
@@ -105,7 +105,7 @@ def test_search_comes_near_the_optimum_of_a_linear_model(norm):
     found = attacked(model, attack.square(norm=norm, eps=eps, queries=600, until="end"), x, label).outcome
     w = weights_of(model).double()
     dual = float((w[0] - w[1]).norm() if norm == "l2" else (w[0] - w[1]).abs().sum())
-    gain = (found.value - attack.margin(evaluation(model).logits(x), label)).double() / (eps * dual)
+    gain = (found.value - losses.margin(evaluation(model).logits(x), label)).double() / (eps * dual)
     assert (gain <= 1 + 1e-4).all() and (gain > {"l2": 0.4, "linf": 0.85}[norm]).all(), gain
     assert found.forwards.tolist() == [600] * N and not found.backwards.any() and not found.zero_gradients.any()
 
@@ -119,7 +119,7 @@ def test_result_lies_in_ball_and_box_and_success_is_what_the_model_says(norm):
     image = found.outcome.images
     assert image.min() >= 0 and image.max() <= 1
     assert (NORMS[norm].size(image.double() - x.double()) <= eps * (1 + 1e-6) + 1e-7).all()
-    assert torch.equal(attack.is_broken(evaluation(model).logits(image), label), found.success)
+    assert torch.equal(losses.is_broken(evaluation(model).logits(image), label), found.success)
     assert 5 < int(found.success.sum()) < 40
     assert (found.outcome.forwards[found.success] < 60).any() and (found.outcome.forwards[~found.success] == 60).all()
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
+import toys
 from toys import C, H, K, N, W, convnet, evaluation, generator, images, linear, randomise, weights_of
 
 from rbkit.tools import ascend as loop
-from rbkit.tools import attack
+from rbkit.tools import attack, losses
 from rbkit.tools.architectures import build
 from rbkit.tools.ascend import Batch, Plan, ascend, flow, polling
 from rbkit.tools.models import Classifier
@@ -42,28 +43,28 @@ def test_losses_equal_their_definitions():
         y = int(label[i])
         others = sorted((v for k, v in enumerate(row) if k != y), reverse=True)
         top = sorted(row, reverse=True)
-        assert float(attack.cross_entropy(logits, label)[i]) == pytest.approx(-reference.log_softmax(row)[y], abs=1e-6)
-        assert float(attack.margin(logits, label)[i]) == pytest.approx(others[0] - row[y], abs=1e-6)
-        assert float(attack.dlr(logits, label)[i]) == pytest.approx((others[0] - row[y]) / (top[0] - top[2]), rel=1e-5)
+        assert float(losses.cross_entropy(logits, label)[i]) == pytest.approx(-reference.log_softmax(row)[y], abs=1e-6)
+        assert float(losses.margin(logits, label)[i]) == pytest.approx(others[0] - row[y], abs=1e-6)
+        assert float(losses.dlr(logits, label)[i]) == pytest.approx((others[0] - row[y]) / (top[0] - top[2]), rel=1e-5)
 
 
 def test_dlr_refuses_two_classes():
     with pytest.raises(ValueError, match="at least 3 classes"):
-        attack.dlr(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
+        losses.dlr(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
 
 
 def test_cross_entropy_survives_large_and_shifted_logits():
     logits = torch.tensor([[1e4, 0.0, -1e4]])
-    assert attack.cross_entropy(logits, torch.tensor([2])).item() == pytest.approx(2e4)
+    assert losses.cross_entropy(logits, torch.tensor([2])).item() == pytest.approx(2e4)
     small = torch.randn(3, 5, generator=generator(0))
     label = torch.tensor([0, 1, 2])
-    assert attack.cross_entropy(small + 100, label) == pytest.approx(attack.cross_entropy(small, label), abs=1e-4)
+    assert losses.cross_entropy(small + 100, label) == pytest.approx(losses.cross_entropy(small, label), abs=1e-4)
 
 
 def test_a_tie_is_not_broken():
     logits = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0 + 5e-6, 0.0], [1.0, 1.0 + 5e-5, 0.0], [1.0, 0.5, 0.0]])
     label = torch.zeros(4, dtype=torch.int64)
-    assert attack.is_broken(logits, label).tolist() == [False, False, True, False]
+    assert losses.is_broken(logits, label).tolist() == [False, False, True, False]
 
 
 # ------------------------------------------------------------------------------- one model, one optimum
@@ -101,7 +102,7 @@ def test_iterates_equal_the_slow_loop(norm):
 
         def gradient(point, y=label[i : i + 1]):
             at = torch.tensor(point)[None].requires_grad_()
-            return torch.autograd.grad(attack.cross_entropy(double(at), y).sum(), at)[0][0].numpy()
+            return torch.autograd.grad(losses.cross_entropy(double(at), y).sum(), at)[0][0].numpy()
 
         slow = reference.pgd(x[i].double().numpy(), gradient, norm=norm, eps=eps, step=0.15, steps=steps)
         assert found.images[i].numpy() == pytest.approx(slow[-1], abs=2e-4)
@@ -281,7 +282,7 @@ def test_targeted_attack_lowers_the_loss_of_the_target():
     target = found.target
     assert (target != label).all() and target.unique().numel() == K
     moved = found.outcome.backwards > 0
-    assert (attack.cross_entropy(after, target) < attack.cross_entropy(before, target))[moved].float().mean() > 0.95
+    assert (losses.cross_entropy(after, target) < losses.cross_entropy(before, target))[moved].float().mean() > 0.95
     assert int(found.success.sum()) > 0 and torch.equal(found.success, after.argmax(1) == target)
 
 
@@ -290,7 +291,7 @@ def test_untargeted_first_step_raises_the_loss():
     label = predictions(model, x)
     spec = attack.fgsm(norm="linf", eps=1e-3, until="end")
     found = attacked(model, spec, x, label, ids=torch.arange(40))
-    before = attack.cross_entropy(evaluation(model).logits(x), label)
+    before = losses.cross_entropy(evaluation(model).logits(x), label)
     assert (found.outcome.value > before).float().mean() > 0.95
 
 
@@ -379,16 +380,7 @@ def test_a_source_that_is_not_ready_is_never_waited_for():
     label = predictions(model, x)
     spec = attack.pgd(norm="l2", eps=0.4, steps=4)
     whole = climbed(model, spec, batches_of(x, label, ids, [45]))
-    left, asked = batches_of(x, label, ids, [5, 30, 10]), []
-
-    def poll(wait):
-        asked.append(wait)
-        if not wait and len(asked) % 3:
-            return None
-        if not left:
-            raise StopIteration
-        return left.pop(0)
-
+    asked, poll = toys.reluctant(batches_of(x, label, ids, [5, 30, 10]))
     found = attack.run(evaluation(model), spec, poll)
     assert same(whole, by_id([(tag, r.outcome) for tag, r in found]))
     assert asked[0] is True and False in asked
@@ -424,7 +416,7 @@ def test_a_row_of_a_shipped_architecture_depends_on_nothing_but_itself(arch, opt
     def both(block):
         at = block.clone().requires_grad_()
         logits = model(at)
-        loss = attack.cross_entropy(logits, torch.zeros(len(at), dtype=torch.int64))
+        loss = losses.cross_entropy(logits, torch.zeros(len(at), dtype=torch.int64))
         return logits.detach(), torch.autograd.grad(loss.sum(), at)[0]
 
     logits, gradient = both(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from toys import generator
 
-from rbkit.tools import architectures, attack, models
+from rbkit.tools import architectures, attack, models, sameness
 from rbkit.tools.ascend import Batch, Plan, ascend, flow, polling
 from rbkit.tools.norms import L2
 
@@ -44,10 +44,10 @@ def test_a_row_that_depends_on_its_slot_is_noticed() -> None:
     torch.manual_seed(0)
     images, labels = torch.rand(7, 2, 5, 4), torch.zeros(7, dtype=torch.int64)
     odd = models.Evaluation(models.Classifier(_SlotDependent(), mean=[0.5], std=[0.25]), block=32)
-    assert attack.slots_matter(odd, images, labels)
+    assert sameness.slots_matter(odd, images, labels)
     net = architectures.build("resnet8", num_classes=3, channels=2, width=8)
     plain = models.Evaluation(models.Classifier(net, mean=[0.5], std=[0.25]), block=64)
-    assert not attack.slots_matter(plain, torch.rand(7, 2, 8, 12), labels)
+    assert not sameness.slots_matter(plain, torch.rand(7, 2, 8, 12), labels)
 
 
 def test_without_refilling_a_block_keeps_its_rows() -> None:

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import toys
 from toys import K, convnet, evaluation, generator, images, linear
 
-from rbkit.tools import attack
+from rbkit.tools import ascend, attack, losses, sameness
 from rbkit.tools.ascend import Batch, polling
 from rbkit.tools.norms import NORMS
 
@@ -76,7 +77,7 @@ def test_ball_box_and_verdict_hold_for_the_images_as_they_are(name, norm):
     image = found.outcome.images
     assert image.dtype == torch.float32 and image.min() >= 0 and image.max() <= 1
     assert (NORMS[norm].size(image.double() - x.double()) <= EPS[norm] * (1 + 1e-6) + 1e-7).all()
-    broken = attack.is_broken(evaluation(model).logits(image), label)
+    broken = losses.is_broken(evaluation(model).logits(image), label)
     assert torch.equal(found.success, broken) and 2 < int(broken.sum()) < 40
     assert torch.equal(image[[3, 5]], x[[3, 5]]) and not found.outcome.forwards[[3, 5]].any()
 
@@ -117,16 +118,7 @@ def test_a_sequence_waits_for_input_only_where_no_row_can_climb():
     model, x = convnet(), images(45, high=0.9)
     label = evaluation(model).logits(x).argmax(1)
     whole = by_id(model, spec_of("auto", "l2"), batches_of(x, label, IDS, [45]))
-    left, asked = batches_of(x, label, IDS, [5, 30, 10]), []
-
-    def poll(wait):
-        asked.append(wait)
-        if not wait and len(asked) % 3:
-            return None
-        if not left:
-            raise StopIteration
-        return left.pop(0)
-
+    asked, poll = toys.reluctant(batches_of(x, label, IDS, [5, 30, 10]))
     found = list(attack.run(evaluation(model), spec_of("auto", "l2"), poll))
     assert torch.equal(torch.cat([ids for ids, _ in found]), IDS)
     for ids, result in found:
@@ -156,7 +148,7 @@ def test_images_made_on_a_surrogate_are_judged_by_the_other_model(name):
     batch = Batch(ids, x, {"label": label})
     found = next(attack.run(evaluation(surrogate), spec, polling([batch]), judge=evaluation(judge)))[1]
     image = found.outcome.images
-    assert torch.equal(found.success, attack.is_broken(evaluation(judge).logits(image), label))
+    assert torch.equal(found.success, losses.is_broken(evaluation(judge).logits(image), label))
     assert torch.equal(image[2], x[2]) and 1 < int(found.success.sum()) < 40
     moved = ~torch.isin(ids, torch.tensor([2]))
     assert (image[moved] != x[moved]).flatten(1).any(1).all()
@@ -183,7 +175,8 @@ def test_the_last_rows_go_on_in_narrower_blocks_with_the_same_numbers(name, norm
         victim = evaluation(model)
         victim.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(len(inputs[0])))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attack, "equal_widths", lambda *_, widths=widths: () if widths is None else widths(None))
+            patch.setattr(ascend, "PATIENCE", 0)
+            patch.setattr(sameness, "equal_widths", lambda *_, widths=widths: () if widths is None else widths(None))
             result = next(attack.run(victim, spec, source))[1]
         found.append((result, sizes))
     (full, wide), (narrow, narrower) = found
@@ -191,6 +184,17 @@ def test_the_last_rows_go_on_in_narrower_blocks_with_the_same_numbers(name, norm
         assert torch.equal(getattr(full.outcome, field), getattr(narrow.outcome, field)), field
     assert torch.equal(full.success, narrow.success) and set(wide) == {32}
     assert {16, 8} & set(narrower) and sum(narrower) < sum(wide)
+
+
+@pytest.mark.parametrize(("steps", "asked"), [(ascend.PATIENCE - 1, 0), (ascend.PATIENCE + 1, 1)])
+def test_a_short_attack_never_pays_for_the_question(steps, asked, monkeypatch):
+    model, x = convnet(), images(5, high=0.9)
+    times = []
+    monkeypatch.setattr(sameness, "equal_widths", lambda *_: times.append(1) or (16, 8))
+    batch = Batch(IDS[:5], x, {"label": evaluation(model).logits(x).argmax(1)})
+    spec = attack.pgd(norm="l2", eps=0.1, steps=steps, until="end")
+    next(attack.run(evaluation(model), spec, polling([batch])))
+    assert len(times) == asked
 
 
 class _WidthDependent(torch.nn.Module):
@@ -206,9 +210,9 @@ class _WidthDependent(torch.nn.Module):
 
 def test_widths_are_those_in_which_a_row_has_the_same_numbers():
     model = convnet()
-    assert attack.equal_widths(evaluation(model, 64), images(20)) == (32, 16, 8, 4)
+    assert sameness.equal_widths(evaluation(model, 64), images(20)) == (32, 16, 8, 4)
     for least, widths in ((16, (32, 16)), (64, ())):
         model = convnet()
         model.net = _WidthDependent(model.net, least)
-        assert attack.equal_widths(evaluation(model, 64), images(20)) == widths
-    assert attack.equal_widths(evaluation(convnet(), 96), images(20)) == (48, 24, 12, 6)
+        assert sameness.equal_widths(evaluation(model, 64), images(20)) == widths
+    assert sameness.equal_widths(evaluation(convnet(), 96), images(20)) == (48, 24, 12, 6)

@@ -86,3 +86,10 @@ def test_starts_are_keyed_by_id_and_draw(name):
     first = NORMS[name].start(ids, (C, H, W), 0.1, seed=0, draw=torch.tensor([0, 1, 0]))
     again = NORMS[name].start(ids.flip(0), (C, H, W), 0.1, seed=0, draw=0).flip(0)
     assert torch.equal(first[[0, 2]], again[[0, 2]]) and not torch.equal(first[1], again[1])
+
+
+def test_no_rows_are_no_rows():
+    """An attack on an empty stream projects and steps as any other."""
+    empty = torch.zeros(0, C, H, W)
+    for norm in NORMS.values():
+        assert norm.step(empty).shape == norm.project(empty, 0.5).shape == empty.shape

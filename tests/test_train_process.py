@@ -17,7 +17,7 @@ from conftest import BIN, Result, environment, execute
 from safetensors import numpy as st
 
 from rbkit.cli._errors import Usage
-from rbkit.cli._watch import Watch
+from rbkit.cli._watch import Watch, pace
 
 # A robust recipe with averages and momentum, so that all that a checkpoint holds matters.
 JOB = ("--width", 4, "--epochs", 4, "--batch", 16, "--eps", "0.5", "--steps", 2, "--ema", "0.9", "--seed", 3)
@@ -130,7 +130,7 @@ def test_a_checkpoint_is_due_by_steps_or_by_time(
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr("rbkit.cli._watch.time.monotonic", lambda: clock.now)
     job = Saved()
-    watch = Watch(job, every=every)  # type: ignore[arg-type]
+    watch = Watch(job, every=pace(every))  # type: ignore[arg-type]
     for step in range(1, 13):
         clock.now += 10
         watch.after_step(SimpleNamespace(step=step))  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def test_a_checkpoint_is_due_by_steps_or_by_time(
 @pytest.mark.parametrize("text", ["0", "-1", "10d", "1.5h", "", "0s"])
 def test_other_paces_are_refused(text: str) -> None:
     with pytest.raises(Usage, match="--checkpoint-every"):
-        Watch(Saved(), every=text)  # type: ignore[arg-type]
+        pace(text)
 
 
 def test_ctrl_c_saves_and_dies_of_it(tmp_path: Path, few_rows: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,21 @@ def images(
 ) -> Tensor:
     """Uniform images (n, c, h, w) in [low, high]."""
     return torch.rand(n, c, h, w, generator=generator(seed)) * (high - low) + low
+
+
+def reluctant(batches: list) -> tuple[list[bool], Callable]:
+    """(what was asked, a source of batches that is ready only now and then unless it is waited for)."""
+    left, asked = list(batches), []
+
+    def poll(wait: bool) -> object:
+        asked.append(wait)
+        if not wait and len(asked) % 3:
+            return None
+        if not left:
+            raise StopIteration
+        return left.pop(0)
+
+    return asked, poll
 
 
 def linear(

@@ -93,6 +93,7 @@ class Outcome:
         return cls(batch.clean.clone(), value, torch.zeros(n, dtype=torch.bool, device=device), *counts)
 
 
+PATIENCE = 8  # evaluations of a full block that it costs to tell in which narrower ones a row's numbers are the same
 PER_SLOT = ("images", "value", "reached", "forwards", "backwards", "zero_gradients")
 
 
@@ -265,8 +266,9 @@ def polling(batches: Iterable[Batch]) -> Poll:
 class Flow:
     """Rows from batches to slots and back, in order: `poll` is a source of finished batches.
 
-    widths: narrower blocks in which rows like those of a batch have the same numbers, to the last bit. The last rows of
-    the input go on in these, since a full block for a few of them would be mostly padding.
+    widths(images) tells narrower blocks in which such rows have the same numbers, to the last bit. The last rows of the
+    input go on in these, since a full block for a few of them would be mostly padding. As it costs PATIENCE evaluations
+    to tell, it is asked when so many were mostly padding: a short attack never pays for it.
     """
 
     def __init__(
@@ -277,10 +279,10 @@ class Flow:
         *,
         block: int,
         refill: bool = True,
-        widths: Callable[[Batch], tuple[int, ...]] | None = None,
+        widths: Callable[[Tensor], tuple[int, ...]] | None = None,
     ) -> None:
-        self.widths = widths
-        self.narrower: tuple[int, ...] = ()
+        self.widths = widths if refill else None
+        self.padded = 0
         self.objective, self.plan, self.block = objective, plan, block
         self.source, self.refill = poll, refill
         self.entries: deque[_Entry] = deque()
@@ -299,9 +301,7 @@ class Flow:
                 entry = self.entries.popleft()
                 return entry.batch, entry.outcome
             if self.slots is None:
-                first = self.entries[0].batch
-                self.slots = self.plan.slots(self.objective, first, block=self.block)
-                self.narrower = () if self.widths is None or not self.refill else self.widths(first)
+                self.slots = self.plan.slots(self.objective, self.entries[0].batch, block=self.block)
             self.fill(self.slots)
             self._narrow(self.slots)
             self.collect(self.slots, self.slots.advance())
@@ -345,9 +345,13 @@ class Flow:
 
     def _narrow(self, slots: Slots) -> None:
         """Once no row is waiting or can come, let those at work move together into the narrowest block that fits."""
-        if not self.ended or any(entry.waiting for entry in self.entries):
+        count = len(self.owner)
+        if self.widths is None or not self.ended or 2 * count > slots.block or any(e.waiting for e in self.entries):
             return
-        width = min((w for w in self.narrower if len(self.owner) <= w < slots.block), default=None)
+        self.padded += 1
+        if self.padded <= PATIENCE:
+            return
+        width = min((w for w in self.widths(slots.clean) if count <= w < slots.block), default=None)
         if width is not None:
             idle = [s for s in range(slots.block) if s not in self.owner]
             kept = (sorted(self.owner) + idle)[:width]

@@ -11,75 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rbkit.tools import random
 from rbkit.tools.apgd import Apgd
 from rbkit.tools.ascend import Ascent, Batch, Context, Flow, Objective, Outcome, Plan, Poll, Start, finished
 from rbkit.tools.fab import Fab
+from rbkit.tools.losses import AIMED, LOSSES, clearly_above, fitting_loss, is_broken, margin
 from rbkit.tools.models import Evaluation
 from rbkit.tools.norms import NORMS, Norm
+from rbkit.tools.sameness import Widths
 from rbkit.tools.square import Square
-
-NARROWEST = 4  # rows of a block that the last ones go on in
-TIE = 1e-5  # of the logit range: below it a prediction may differ between equal computations
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy per row (N,), from logits by log-sum-exp."""
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Largest other logit minus the label's, (N,): positive where the prediction is wrong."""
-    others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
-    return others - logits.gather(1, labels[:, None])[:, 0]
-
-
-def dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """Difference of logits ratio (Croce and Hein 2020, eq. 6): the margin over the gap of first to third logit.
-
-    Raises: ValueError with fewer than 3 classes, where it is not defined.
-    """
-    if logits.shape[1] < 3:
-        raise ValueError(f"the dlr loss needs at least 3 classes, got {logits.shape[1]}; try --loss margin")
-    top = logits.topk(3, dim=1).values
-    return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
-
-
-def targeted_margin(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """The target's logit minus the label's, (N,)."""
-    return (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
-
-
-def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Targeted difference of logits ratio (Croce and Hein 2020, eq. 7), positive where the target is ahead of the label.
-
-    Raises: ValueError with fewer than 4 classes, where it is not defined.
-    """
-    if logits.shape[1] < 4:
-        raise ValueError(f"the targeted dlr loss needs at least 4 classes, got {logits.shape[1]}")
-    top = logits.topk(4, dim=1).values
-    return targeted_margin(logits, labels, targets) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
-
-
-def fitting_loss(loss: str, classes: int, *, aimed: bool) -> str:
-    """The loss, or `margin` where dlr is not defined: below 3 classes, and below 4 where it is `aimed` at a target."""
-    return "margin" if loss == "dlr" and classes < (4 if aimed else 3) else loss
-
-
-AIMED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"margin": targeted_margin, "dlr": targeted_dlr}
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
-
-
-def clearly_above(difference: Tensor, logits: Tensor) -> Tensor:
-    """Whether a logit difference exceeds the tie margin, bool (N,)."""
-    return difference > TIE * (logits.amax(1) - logits.amin(1))
-
-
-def is_broken(logits: Tensor, labels: Tensor) -> Tensor:
-    """Rows whose prediction is clearly not the label, bool (N,)."""
-    return clearly_above(margin(logits, labels), logits)
 
 
 @dataclass(frozen=True)
@@ -340,66 +281,6 @@ def _measures(spec: Attack, judge: Evaluation | None) -> bool:
     return spec.name == "fab-t" and spec.until == "end" and judge is None
 
 
-def slots_matter(evaluation: Evaluation, images: Tensor, labels: Tensor) -> bool:
-    """Whether a row's logits or input gradient depend, to the last bit, on its slot or on its neighbours.
-
-    One block of `images` is computed as it is, in reverse order, and with every other row replaced by the first.
-    """
-    block = evaluation.block
-    rows = torch.arange(block, device=images.device) % len(images)
-    images, labels = images[rows], labels[rows]
-    value, gradient, _ = _probe(evaluation, images, labels)
-    reverse = _probe(evaluation, images.flip(0), labels.flip(0))
-    lonely, targets = images.clone(), labels.clone()
-    lonely[1::2], targets[1::2] = images[0], labels[0]
-    alone = _probe(evaluation, lonely, targets)
-    same = torch.equal(value, reverse[0].flip(0)) and torch.equal(gradient, reverse[1].flip(0))
-    return not (same and torch.equal(value[::2], alone[0][::2]) and torch.equal(gradient[::2], alone[1][::2]))
-
-
-def equal_widths(evaluation: Evaluation, images: Tensor) -> tuple[int, ...]:
-    """Halves of the block, down to NARROWEST, in which rows have the logits and input gradients of the full block.
-
-    They are tried on `images`, to the last bit: how a sum is ordered depends on shapes, not on values. Empty for a model
-    whose numbers depend on the width.
-    """
-    block = evaluation.block
-    rows = torch.arange(block, device=images.device) % max(len(images), 1)
-    images, found = images[rows], []
-    labels = torch.zeros(block, dtype=torch.int64, device=images.device)
-    whole, width = _probe(evaluation, images, labels), block // 2
-    while width >= NARROWEST and block % width == 0:
-        parts = [_probe(evaluation, i, y) for i, y in zip(images.split(width), labels.split(width), strict=True)]
-        if not all(torch.equal(torch.cat(p), w) for p, w in zip(zip(*parts, strict=True), whole, strict=True)):
-            break
-        found.append(width)
-        width //= 2
-    return tuple(found)
-
-
-class _Widths:
-    """`equal_widths` of a model, found once for all attacks of a sequence."""
-
-    def __init__(self, evaluation: Evaluation) -> None:
-        self.evaluation = evaluation
-        self.found: tuple[int, ...] | None = None
-
-    def __call__(self, batch: Batch) -> tuple[int, ...]:
-        if self.found is None:
-            self.found = equal_widths(self.evaluation, batch.clean)
-        return self.found
-
-
-def _probe(evaluation: Evaluation, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, the gradient of their cross-entropy by the images, and the logits without gradients."""
-    images = images.detach().requires_grad_()
-    logits = evaluation(images)
-    gradient = torch.autograd.grad(cross_entropy(logits, labels).sum(), images)[0]
-    with torch.no_grad():
-        plain = evaluation(images)
-    return logits.detach(), gradient, plain
-
-
 def run(
     evaluation: Evaluation, spec: Attack, poll: Poll, *, refill: bool = True, judge: Evaluation | None = None
 ) -> Iterator[tuple[object, Attacked]]:
@@ -407,7 +288,7 @@ def run(
 
     With a `judge`, images are made on `evaluation`, always to the end, and success is what the judge says.
     """
-    source, widths = poll, _Widths(evaluation)
+    source, widths = poll, Widths(evaluation)
     for stage in spec.stages():
         source = _Stage(evaluation, stage, source, refill=refill, judge=judge, widths=widths).poll
     for batch in finished(source):
@@ -425,7 +306,7 @@ class _Stage:
         *,
         refill: bool,
         judge: Evaluation | None,
-        widths: _Widths,
+        widths: Widths,
     ) -> None:
         self.evaluation, self.judge, self.source = evaluation, judge, source
         self.spec = spec if judge is None else replace(spec, until="end")

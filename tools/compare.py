@@ -121,6 +121,26 @@ def failings(
     return found
 
 
+GAIN = 0.1  # robustness that the best radius must add to standard training, for a population to say anything
+
+
+def population_failings(records: list[dict[str, Any]], *, clean: tuple[float, float]) -> list[str]:
+    """Why a population is worthless, if it is: its standard models have not learned, or none is more robust.
+
+    records: those of rb-link, of which the one of kind `population` counts.
+    """
+    found = []
+    for record in (r for r in records if r["kind"] == "population"):
+        value, gain = record["value"], record["gain"]
+        if value is not None and not clean[0] <= value <= clean[1]:
+            found.append(f"standard models have a clean accuracy of {value:.3f}, expected {clean[0]:g} to {clean[1]:g}")
+        if gain is not None and gain < GAIN:
+            found.append(
+                f"the best radius adds {gain:.3f} to the robustness of standard models, expected {GAIN:g} or more"
+            )
+    return found
+
+
 # ------------------------------------------------------------------------------------------ the positive control
 
 SWAP_LOSS = 0.3  # accuracy that a standard model must lose when the cue lies, for the control to count

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from rbkit.tools import random
 from rbkit.tools.ascend import Batch, Objective, Plan, ascend, climb
-from rbkit.tools.attack import TIE, Attack, fgsm, objective, pgd, random_start
+from rbkit.tools.attack import Attack, fgsm, objective, pgd, random_start
+from rbkit.tools.losses import TIE
 from rbkit.tools.models import Evaluation, in_blocks
 from rbkit.tools.norms import NORMS
 

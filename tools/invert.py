@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from rbkit.tools import random
 from rbkit.tools.ascend import Batch, Context, Objective, Outcome, Plan, ascend
-from rbkit.tools.attack import LOSSES
+from rbkit.tools.losses import LOSSES
 from rbkit.tools.models import Evaluation, fake_last_relu, in_blocks
 from rbkit.tools.norms import NORMS
 

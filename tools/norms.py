@@ -29,7 +29,7 @@ class Norm:
 
 def per_row(values: Tensor) -> Tensor:
     """Values per example (N,), or per example and channel (N, C), as (N, 1 or C, 1, 1), which multiply images."""
-    return values.reshape(len(values), -1, 1, 1)
+    return values.reshape(*values.shape, *[1] * (4 - values.dim()))
 
 
 def l2_size(delta: Tensor) -> Tensor:

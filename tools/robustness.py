@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rbkit.tools.attack import clearly_above, is_broken, margin
 from rbkit.tools.batch import Batch
+from rbkit.tools.losses import clearly_above, is_broken, margin
 from rbkit.tools.norms import NORMS
 from rbkit.tools.quantise import leaves_ball, round_inside
 

@@ -7,6 +7,7 @@ Every draw is a function of (seed, id, number of the query): position, signs and
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -77,17 +78,17 @@ class SquareSlots(Slots):
         self.sides = torch.tensor([self.side(share) for share in shares], device=self.clean.device)
         self.top, self.top_value = self.now.clone(), torch.zeros(block, device=self.clean.device)
 
+    @abstractmethod
     def side(self, share: float) -> int:
         """The side of a patch that covers so much of an image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def first(self, slots: Tensor) -> Tensor:
         """First perturbations of `slots`, inside the ball."""
-        raise NotImplementedError
 
+    @abstractmethod
     def proposal(self) -> Tensor:
         """Images that the slots try next, inside the ball; the box is cut later."""
-        raise NotImplementedError
 
     def begin(self, slots: Tensor) -> None:
         """The first image of a restart."""

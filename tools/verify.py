@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rbkit.tools.attack import is_broken
+from rbkit.tools.losses import is_broken
 from rbkit.tools.models import Evaluation
 from rbkit.tools.norms import NORMS
 from rbkit.tools.quantise import leaves_ball

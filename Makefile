@@ -262,7 +262,7 @@ control_noise     := --method noise --sigma 0.1
 control_penalty   := --method gradient-penalty --beta 0.1
 control_shuffled  :=
 control_untrained := --epochs 0
-control_early     := --epochs 2
+control_early     := --epochs 4
 $(foreach s,$(LINK_SEEDS),$(foreach e,$(LINK_EPS),\
     $(eval $(call LINK_MODEL,eps$(e),$(s),$(call link_ball,$(e)),$(D)/train.safetensors))))
 $(foreach s,$(CONTROL_SEEDS),$(foreach c,$(CONTROLS),\
@@ -283,7 +283,7 @@ LINK_CONTROLS := $(foreach c,$(CONTROLS),$(foreach s,$(CONTROL_SEEDS),$(L)/$(c)-
 LINK_PROOF := $(if $(filter shapes,$(DATA)),$(X)/standard.jsonl $(X)/robust.jsonl)
 
 # Models; passes of training and of judging through the network; passes per second of 2 cores, as measured on shapes.
-RATE ?= 1700
+RATE ?= 1300
 define LINK_PLAN
 BEGIN { n = split("$(LINK_EPS)", eps, " "); seeds = split("$(LINK_SEEDS)", s, " "); controls = split("$(CONTROLS)", c, " ");
   twins = split("$(CONTROL_SEEDS)", t, " ");

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rbkit.tools.models import Evaluation
 
 MODES = ("representation", "class", "feature")
+OPTIMIZERS = ("normalised", "plain", "adam")
 STARTS = ("noise", "mean", "seeds", "image")
 TOP = 3
 
@@ -95,9 +96,22 @@ def invert(
     units: Annotated[str, typer.Option("--units", metavar="K,K,...", help="feature: units to excite.")] = "0,1,2,3",
     objective: Annotated[str, typer.Option("--objective", metavar="ce|logit", help="class: what is raised.")] = "ce",
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Gradient steps.")] = 200,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            "--optimizer", metavar="|".join(OPTIMIZERS), help="Steps of one L2 length, along the gradient, or by Adam."
+        ),
+    ] = "normalised",
     step_size: Annotated[
-        str, typer.Option("--step-size", metavar="X", help="L2 length of a step, in [0, 1] pixels.")
-    ] = "0.5",
+        str | None,
+        typer.Option(
+            "--step-size",
+            metavar="X",
+            help="L2 length of a step (0.5), factor of the gradient (1), or Adam's rate (0.02).",
+            show_default=False,
+        ),
+    ] = None,
+    tv: Annotated[str, typer.Option("--tv", metavar="X", help="Weight of a penalty on the total variation.")] = "0",
     eps: Annotated[
         str, typer.Option("--eps", metavar="X", help="L2 radius around the start; 1000: the box alone bounds.")
     ] = "1000",
@@ -149,8 +163,11 @@ def invert(
 
 
 def _spec(options: dict[str, Any]) -> Inversion:
-    from rbkit.tools.invert import Inversion
+    from rbkit.tools.invert import STEP_SIZES, Inversion
 
+    _values.choice(options["optimizer"], OPTIMIZERS, option="--optimizer")
+    if options["step_size"] is None:
+        options["step_size"] = str(STEP_SIZES[options["optimizer"]])
     _values.choice(options["mode"], MODES, option="--mode")
     _values.choice(options["objective"], ("ce", "logit"), option="--objective")
     _values.block(options["block"])
@@ -167,6 +184,7 @@ def _spec(options: dict[str, Any]) -> Inversion:
         options["mode"], layer=options["layer"], steps=options["steps"],
         step_size=_values.number(options["step_size"], option="--step-size"), eps=_values.number(options["eps"], option="--eps"),
         restarts=options["restarts"], objective=options["objective"], fake_relu=options["fake_relu"], seed=options["seed"],
+        optimizer=options["optimizer"], tv=_values.number(options["tv"], option="--tv"),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 import toys
 
 from rbkit.tools.invert import (
@@ -18,6 +19,7 @@ from rbkit.tools.invert import (
     grey_noise,
     invert,
     top_images,
+    total_variation,
     unit_activations,
     unit_images,
     unit_objective,
@@ -68,9 +70,61 @@ def test_eps_bounds_the_distance_to_the_start():
     assert away.max() <= 0.3 + 1e-6 and away.min() > 0.05
 
 
+def loss_of(evaluation, images):
+    """The relative latent error of tests that differentiate it by themselves."""
+    goal = features(evaluation, X)
+    return (evaluation.features(images, layer=None).flatten(1) - goal).norm(dim=1) / goal.norm(dim=1)
+
+
+def test_adam_is_that_of_torch_for_each_example():
+    evaluation, start = toys.evaluation(NET), grey()
+    spec = Inversion("representation", steps=12, step_size=0.03, optimizer="adam")
+    found, loss = invert(evaluation, X, [start], spec, ids=IDS)
+    for row in range(toys.N):
+        image = start.clone().requires_grad_()
+        optimizer = torch.optim.Adam([image], lr=0.03)
+        best, lowest = None, float("inf")
+        for _ in range(13):
+            value = loss_of(evaluation, image)[row]
+            if value.item() < lowest:
+                best, lowest = image.detach()[row].clone(), value.item()
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            with torch.no_grad():
+                image.clamp_(0, 1)
+        assert loss[row].item() == pytest.approx(lowest, rel=1e-3)
+        torch.testing.assert_close(found[row], best, rtol=1e-3, atol=1e-3)
+
+
+def test_plain_steps_follow_the_gradient_as_it_is():
+    evaluation, start = toys.evaluation(NET), grey()
+    spec = Inversion("representation", steps=1, step_size=0.1, optimizer="plain")
+    found, _ = invert(evaluation, X, [start], spec, ids=IDS)
+    image = start.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(evaluation, image).sum(), image)
+    torch.testing.assert_close(found, (start - 0.1 * gradient).clamp(0, 1), rtol=1e-4, atol=1e-6)
+
+
+def test_the_penalty_smooths_and_is_not_part_of_the_loss():
+    evaluation = toys.evaluation(NET)
+    rough, _ = invert(evaluation, X, [grey()], Inversion("representation", steps=30, step_size=0.1), ids=IDS)
+    spec = Inversion("representation", steps=30, step_size=0.1, tv=0.01)
+    found, loss = invert(evaluation, X, [grey()], spec, ids=IDS)
+    assert (total_variation(found) < total_variation(rough)).all()
+    torch.testing.assert_close(loss, loss_of(evaluation, found).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_total_variation_is_that_of_torchmetrics():
+    oracle = torchmetrics.functional.image.total_variation
+    expected = torch.stack([oracle(image[None]) for image in X])
+    torch.testing.assert_close(total_variation(X), expected)
+
+
+@pytest.mark.parametrize("optimizer", ["normalised", "plain", "adam"])
 @pytest.mark.parametrize("mode", ["representation", "class", "feature"])
-def test_a_batch_equals_single_runs(mode):
-    evaluation, spec = toys.evaluation(NET), Inversion(mode, steps=5, step_size=0.2)
+def test_a_batch_equals_single_runs(mode, optimizer):
+    evaluation, spec = toys.evaluation(NET), Inversion(mode, steps=5, step_size=0.02, optimizer=optimizer, tv=1e-3)
 
     def run(rows):
         starts = [grey()[rows], grey(1)[rows]]

@@ -99,7 +99,12 @@ PER_SLOT = ("images", "value", "reached", "forwards", "backwards", "zero_gradien
 
 def climb(images: Tensor, gradient: Tensor, clean: Tensor, plan: Plan) -> Tensor:
     """One step of steepest ascent from `images`, projected onto the ball around `clean` and into the box."""
-    delta = images + plan.step_size * plan.norm.step(gradient) - clean
+    return projected(images, plan.step_size * plan.norm.step(gradient), clean, plan)
+
+
+def projected(images: Tensor, move: Tensor, clean: Tensor, plan: Plan) -> Tensor:
+    """`images` moved by `move`, back on the ball around `clean` and in the box."""
+    delta = images + move - clean
     moved = clean + plan.norm.project(delta, plan.eps)
     return moved.clamp_(0, 1) if plan.box else moved
 
@@ -239,9 +244,12 @@ class Climb(Slots):
         return self.leave(done)
 
     def _move(self, moving: Tensor, gradient: Tensor) -> None:
-        moved = climb(self.now, gradient, self.clean, self.plan)
-        self.now = torch.where(moving[:, None, None, None], moved, self.now)
+        self.now = torch.where(moving[:, None, None, None], self.moved(gradient), self.now)
         self.step = self.step + moving
+
+    def moved(self, gradient: Tensor) -> Tensor:
+        """Where a step from `now` leads, for every slot."""
+        return climb(self.now, gradient, self.clean, self.plan)
 
 
 @dataclass

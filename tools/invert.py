@@ -6,19 +6,21 @@ al. 2019 (arXiv 1906.09453) for class images from Gaussian seeds. Losses are per
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rbkit.tools import random
+from rbkit.tools.adam import Adam
 from rbkit.tools.ascend import Batch, Context, Objective, Outcome, Plan, ascend
 from rbkit.tools.losses import LOSSES
 from rbkit.tools.models import Evaluation, fake_last_relu, in_blocks
-from rbkit.tools.norms import NORMS
+from rbkit.tools.norms import L2
 
 SEED_GRID = 4  # side of the blocks that class seeds are averaged over
+STEP_SIZES = {"normalised": 0.5, "plain": 1.0, "adam": 0.02}  # of each optimizer, where none is asked for
 RIDGE = 1e-4  # added to the seeds' covariance
 
 
@@ -26,8 +28,9 @@ RIDGE = 1e-4  # added to the seeds' covariance
 class Inversion:
     """Parameters of an inversion, as recorded.
 
-    mode: representation, class or feature. layer: None for the features before the head. steps, step_size: L2 steps in
-    [0, 1] pixels. eps: radius around the start (1000 is no bound but the box). restarts: best of so many starts.
+    mode: representation, class or feature. layer: None for the features before the head. optimizer: normalised (steps
+    of L2 length step_size, in [0, 1] pixels), plain (step_size times the gradient) or adam (step_size is its rate).
+    tv: weight of the total variation that the image is penalised by. eps: radius around the start (1000 is no bound but the box). restarts: best of so many starts.
     objective: of class images, logit or ce. fake_relu: gradient through the last ReLU, as the paper does.
     """
 
@@ -40,10 +43,31 @@ class Inversion:
     objective: str = "ce"
     fake_relu: bool = False
     seed: int = 0
+    optimizer: str = "normalised"
+    tv: float = 0.0
 
     def plan(self) -> Plan:
         """The ascent that carries it out; starts are rows of their own, so restarts are the caller's."""
-        return Plan(NORMS["l2"], self.eps, self.step_size, self.steps)
+        norm = replace(L2, step=lambda gradient: gradient) if self.optimizer == "plain" else L2
+        kind = Adam if self.optimizer == "adam" else Plan
+        return kind(norm, self.eps, self.step_size, self.steps)
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Sum of absolute differences of neighbouring pixels, per example: (N, C, H, W) to (N,). Rudin et al. 1992."""
+    return images.diff(dim=2).abs().flatten(1).sum(1) + images.diff(dim=3).abs().flatten(1).sum(1)
+
+
+def smoothed(objective: Objective, *, tv: float) -> Objective:
+    """The objective less `tv` times the total variation of the image (Mahendran and Vedaldi 2015, with exponent 1)."""
+    if not tv:
+        return objective
+
+    def measure(images: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        value, reached = objective(images, context)
+        return value - tv * total_variation(images), reached
+
+    return measure
 
 
 def features(evaluation: Evaluation, images: Tensor, *, layer: str | None = None) -> Tensor:
@@ -110,13 +134,16 @@ def differentiable(evaluation: Evaluation, spec: Inversion, images: Tensor) -> E
 def _best_of(
     objective: Objective, spec: Inversion, ids: Tensor, starts: list[Tensor], context: dict[str, Tensor], block: int
 ) -> Outcome:
-    """Climb from each list of starts and keep the best per example."""
+    """Climb from each list of starts and keep the best per example; its value is without the penalty again."""
+    objective = smoothed(objective, tv=spec.tv)
     best = ascend(objective, spec.plan(), Batch(ids, starts[0], context), block=block)
     for start in starts[1:]:
         other = ascend(objective, spec.plan(), Batch(ids, start, context), block=block)
         better = other.value > best.value
         best.images = torch.where(better[:, None, None, None], other.images, best.images)
         best.value = torch.where(better, other.value, best.value)
+    if spec.tv:
+        best.value = best.value + spec.tv * total_variation(best.images)
     return best
 
 

@@ -57,13 +57,12 @@ def sections(records: list[dict[str, Any]], drawn: list[str]) -> list[str]:
         "p",
         "cluster bootstrap",
         "models",
-        "other populations",
     ]
-    rows = [_verdict_row(r, records) for r in records if r["kind"] == "verdict"]
-    parts += [html.table(heads, rows), html.paragraph(
-        "Partial: clean accuracy held fixed. Other populations: with the controls, and with all controls but one, where "
-        "these would say something else. The cluster bootstrap draws training runs, not images."
+    verdicts = sorted((r for r in records if r["kind"] == "verdict"), key=lambda r: -(r["value"] or 0))
+    parts += [html.table(heads, [_verdict_row(r, records) for r in verdicts]), html.paragraph(
+        "Partial: clean accuracy held fixed. The cluster bootstrap draws training runs, not images."
     )]  # fmt: skip
+    parts += _elsewhere(verdicts)
     curves = [r for r in records if r["kind"] == "dose_response"]
     if curves:
         parts += [html.heading("Dose and response"), html.table(
@@ -114,13 +113,28 @@ def _verdict_row(record: dict[str, Any], records: list[dict[str, Any]]) -> list[
         r for r in records
         if r["metric"] == "pearson" and r["population"] == "main" and (r["of"], r["robustness"]) == (record["of"], record["robustness"])
     )  # fmt: skip
-    other = [f"{name}: {text}" for name, text in record["elsewhere"].items() if text != record["verdict"]]
     return [
         record["of"].replace("_", " "), record["verdict"],
         _between(record["value"], record["low"], record["high"]), _p(record["p_adjusted"]),
         _between(record["partial"], record["partial_low"], record["partial_high"]), _p(record["partial_p_adjusted"]),
-        _between(raw["value"], raw["boot_low"], raw["boot_high"]).partition(" ")[2], str(record["n"]), "; ".join(other),
+        _between(raw["value"], raw["boot_low"], raw["boot_high"]).partition(" ")[2], str(record["n"]),
     ]  # fmt: skip
+
+
+def _elsewhere(verdicts: list[dict[str, Any]]) -> list[str]:
+    """The verdicts that are others once the controls, or all of them but one, are counted in."""
+    from rbkit.formats import html
+
+    rows = [
+        [r["of"].replace("_", " "), r["verdict"], text, ", ".join(n for n, t in r["elsewhere"].items() if t == text)]
+        for r in verdicts
+        for text in dict.fromkeys(r["elsewhere"].values())
+        if text != r["verdict"]
+    ]
+    if not rows:
+        return []
+    heads = ["metric", "verdict", "would be", "in these populations"]
+    return [html.heading("Where the controls would say something else"), html.table(heads, rows)]
 
 
 def _curve_row(record: dict[str, Any]) -> list[str]:

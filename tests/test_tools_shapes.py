@@ -129,7 +129,7 @@ def test_a_cue_is_what_a_swap_changes_and_has_its_norm():
     apart = (3 * (pattern - pattern.roll(3, 0)) ** 2).flatten(1).sum(1).sqrt() * 0.5
     expected = apart[(true["label"] + 3) % 8]  # the label's own wave is three places before that of the swap
     off = (delta.flatten(1).norm(dim=1) - expected).abs()
-    assert off.median() < 0.01 and (off < 0.02).double().mean() > 0.97  # 8 bits; dark objects clip a few
+    assert off.median() < 0.01 and (off < 0.02).double().mean() > 0.95  # 8 bits; bright and dark objects clip a few
     assert apart.min() > 0.5
 
 

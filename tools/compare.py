@@ -145,6 +145,7 @@ def population_failings(records: list[dict[str, Any]], *, clean: tuple[float, fl
 
 SWAP_LOSS = 0.3  # accuracy that a standard model must lose when the cue lies, for the control to count
 SWAP_KEPT = 0.1  # accuracy that the robust model may lose at most
+CONTROL_CLEAN = 0.5  # accuracy below which a model leans on nothing much, so that it has nothing to lose
 
 
 def is_cued(record: dict[str, Any]) -> bool:
@@ -152,13 +153,19 @@ def is_cued(record: dict[str, Any]) -> bool:
     return record.get("cue") is not None
 
 
-def swap_losses(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Accuracy lost when the cue is that of another class, of the `standard` and of the `robust` model."""
+def _cue_accuracies(records: list[dict[str, Any]]) -> dict[str, dict[bool, float]]:
+    """Accuracy of the `standard` and the `robust` model, by whether the cue is swapped."""
     found: dict[str, dict[bool, float]] = {"standard": {}, "robust": {}}
     for record in records:
         if is_cued(record) and record["metric"] == "clean_accuracy" and record.get("kind") == "images":
             side = "standard" if is_standard(record) else "robust"
             found[side][bool(record.get("cue_shift"))] = record["value"]
+    return found
+
+
+def swap_losses(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy lost when the cue is that of another class, of the `standard` and of the `robust` model."""
+    found = _cue_accuracies(records)
     return {side: values[False] - values[True] for side, values in found.items() if len(values) == 2}
 
 
@@ -174,6 +181,9 @@ def control_failings(records: list[dict[str, Any]]) -> list[str]:
         )
     if lost["robust"] > SWAP_KEPT:
         found.append(f"with a swapped cue the robust model loses {lost['robust']:.3f}, expected {SWAP_KEPT:g} at most")
+    kept = _cue_accuracies(records)["robust"][False]
+    if kept < CONTROL_CLEAN:
+        found.append(f"the robust model has {kept:.3f} clean accuracy, expected {CONTROL_CLEAN:g} or more")
     return found
 
 

@@ -25,6 +25,7 @@ MISLEADING = 0.2  # share of images with the grating of another class
 TURN = 0.35  # largest rotation, in radians
 RADIUS = (0.39, 0.85)  # of half the image
 CONTRAST = (0.05, 0.42)
+CUE_CONTRAST = (0.3, 0.5)  # of images with a cue: clear enough to be told within the ball that hides the cue
 PLAID = 0.05  # amplitude of each of two waves
 NOISE = 0.04  # standard deviation of the pixel noise
 PARAMETERS = 24
@@ -163,7 +164,8 @@ def generate(ids: Tensor, *, seed: int, split: str, cue: Cue | None = None) -> d
     outlines = labels if cue is None else _outlines(ids, labels, seed=seed, split=split)
     cover = _coverage(draws, outlines)
     ground = 0.25 + 0.5 * draws[:, 5:8]  # (N, 3)
-    contrast = CONTRAST[0] + (CONTRAST[1] - CONTRAST[0]) * draws[:, 8]
+    low, high = CONTRAST if cue is None else CUE_CONTRAST
+    contrast = low + (high - low) * draws[:, 8]
     direction = F.normalize(draws[:, 9:12] - 0.5, dim=1)
     colour = ground + direction * contrast[:, None] * math.sqrt(3)
     plaid = PLAID * (_wave(draws, 12, low=1, high=5) + _wave(draws, 15, low=1, high=5))

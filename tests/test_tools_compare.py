@@ -185,6 +185,12 @@ def test_the_control_counts_only_if_the_swap_proves_it(standard, robust, words):
     assert control_failings(records[:3]) == ["the cue was not swapped for a standard and a robust model"]
 
 
+def test_a_robust_model_that_knows_nothing_is_no_control():
+    """It has nothing to lose by the swap."""
+    weak = [{**r, "value": r["value"] * (0.3 if not is_standard(r) else 1.0)} for r in swapped(0.4, 0.05)]
+    assert control_failings(weak) == ["the robust model has 0.300 clean accuracy, expected 0.5 or more"]
+
+
 def test_a_metric_is_validated_on_true_cues_alone():
     """A gain of the robust model tells; a loss tells the wrong way; swapped and cue-free images do not count."""
     true, swap = {"cue": 0.5, "cue_shift": 0, "method": "ig"}, {"cue": 0.5, "cue_shift": 3, "method": "ig"}

@@ -507,12 +507,12 @@ def summary(found: Population, robustness: Subject) -> dict[str, Any]:
     means = {eps: float(values.mean()) for eps, values in at.items() if len(values)}
     known = clean[plain & np.isfinite(clean)]
     best = max(means, key=lambda eps: means[eps], default=None)
-    has_gain = best is not None and 0.0 in means
+    gain = means[best] - means[0.0] if best is not None and 0.0 in means else None
     return {
         "kind": "population", "metric": "clean_accuracy", "unit": "share", "better": "higher", "n": len(models),
         "value": float(known.mean()) if len(known) else None, "low": float(known.min()) if len(known) else None,
         "high": float(known.max()) if len(known) else None, "robustness": found.label(robustness),
-        "gain": means[best] - means[0.0] if has_gain else None, "best_eps": best,
+        "gain": gain, "best_eps": best,
         "reason": None if len(known) else "no model was trained without an attack",
     }  # fmt: skip
 

@@ -165,13 +165,17 @@ def _cue_accuracies(records: list[dict[str, Any]]) -> dict[str, dict[bool, float
 
 def swap_losses(records: list[dict[str, Any]]) -> dict[str, float]:
     """Accuracy lost when the cue is that of another class, of the `standard` and of the `robust` model."""
-    found = _cue_accuracies(records)
-    return {side: values[False] - values[True] for side, values in found.items() if len(values) == 2}
+    return _lost(_cue_accuracies(records))
+
+
+def _lost(accuracies: dict[str, dict[bool, float]]) -> dict[str, float]:
+    return {side: values[False] - values[True] for side, values in accuracies.items() if len(values) == 2}
 
 
 def control_failings(records: list[dict[str, Any]]) -> list[str]:
     """Why the positive control does not count, if it does not: the swap of the cue decides, not the intention."""
-    lost = swap_losses(records)
+    measured = _cue_accuracies(records)
+    lost = _lost(measured)
     if len(lost) < 2:
         return ["the cue was not swapped for a standard and a robust model"]
     found = []
@@ -181,9 +185,10 @@ def control_failings(records: list[dict[str, Any]]) -> list[str]:
         )
     if lost["robust"] > SWAP_KEPT:
         found.append(f"with a swapped cue the robust model loses {lost['robust']:.3f}, expected {SWAP_KEPT:g} at most")
-    kept = _cue_accuracies(records)["robust"][False]
-    if kept < CONTROL_CLEAN:
-        found.append(f"the robust model has {kept:.3f} clean accuracy, expected {CONTROL_CLEAN:g} or more")
+    if measured["robust"][False] < CONTROL_CLEAN:
+        found.append(
+            f"the robust model has {measured['robust'][False]:.3f} clean accuracy, expected {CONTROL_CLEAN:g} or more"
+        )
     return found
 
 

@@ -30,8 +30,9 @@ class Inversion:
 
     mode: representation, class or feature. layer: None for the features before the head. optimizer: normalised (steps
     of L2 length step_size, in [0, 1] pixels), plain (step_size times the gradient) or adam (step_size is its rate).
-    tv: weight of the total variation that the image is penalised by. eps: radius around the start (1000 is no bound but the box). restarts: best of so many starts.
-    objective: of class images, logit or ce. fake_relu: gradient through the last ReLU, as the paper does.
+    tv: weight of the total variation that the image is penalised by. eps: radius around the start (1000 is no bound but
+    the box). restarts: best of so many starts. objective: of class images, logit or ce. fake_relu: gradient through the
+    last ReLU, as the paper does.
     """
 
     mode: str

@@ -468,6 +468,8 @@ class FileWriter:
         self.file.seek(0)
         write_all(self.file, header[:8])
         self.file.flush()
+        # A shell lends one position to all commands of { a; b; } > file: the next writes behind this document.
+        self.file.seek(0, os.SEEK_END)
 
     def _pour(self, name: str, sha: Any) -> None:
         spool = self.spools[name]

@@ -157,6 +157,15 @@ def test_appended_output_is_a_stream(tmp_path: Path) -> None:
     assert (tmp_path / "one.rbs").read_bytes().startswith((tmp_path / "file.safetensors").read_bytes())
 
 
+def test_commands_that_share_one_output_file_follow_each_other(tmp_path: Path) -> None:
+    """The shell opens the file once: the second command writes behind the first, never over it."""
+    made = shell(
+        "{ rb-data shapes --n 3; rb-data shapes --n 2; } > both; rb-info --check both && rb-info both", cwd=tmp_path
+    )
+    assert made.status == 0
+    assert b"3 rows" in made.out and b"2 rows" in made.out
+
+
 def test_output_to_a_fifo_and_to_null(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     line = "rb-info --check pipe & rb-data shapes --n 5 -o pipe && wait $! && test -p pipe"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -74,6 +75,12 @@ class Batch:
         """Whether the attribution can be made again: some methods need background images."""
         spec = self.saliency
         return spec is not None and (self.background is not None or not spec.needs_background)
+
+    def once(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` gives, computed once for all methods and reference maps of these rows."""
+        if key not in self.shared:
+            self.shared[key] = compute()
+        return self.shared[key]
 
     def with_maps(self, maps: Tensor) -> Batch:
         """The same batch with other maps (N, H, W) of no method, sharing what does not depend on them."""

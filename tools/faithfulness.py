@@ -14,25 +14,31 @@ from rbkit.tools.saliency import blurred
 GRID = 11  # points of a flipping curve, both ends included
 
 
-def _flip_curve(batch: Batch, order: Tensor, *, insert: bool, fill: Tensor) -> Tensor:
+def _flip_curve(batch: Batch, order: Tensor, *, insert: bool, imputation: str) -> Tensor:
     """Probability of the target while locations are removed (or inserted) in `order`, float64 (N, GRID).
 
     order (N, H W): location indices, first to be flipped first. All channels of a location flip together (M4).
     """
     assert batch.explained is not None
     n, _, height, width = batch.explained.shape
-    rank = rank_of(order)
-    counts = torch.linspace(0, height * width, GRID, device=order.device).round().long()
-    rows = torch.arange(n, device=order.device).repeat_interleave(GRID)
-    wanted = counts.repeat(n)
+    whole, gone = batch.explained, _fill(batch, imputation)
+    base, other = (gone, whole) if insert else (whole, gone)
+    block, rank = batch.evaluation.block, rank_of(order)
+    counts = torch.linspace(0, height * width, GRID, device=order.device).round().long()[1:-1]
+    rows = torch.arange(n, device=order.device)
 
     def look(row: Tensor, count: Tensor) -> Tensor:
         flipped = (rank[row] < count[:, None]).reshape(-1, 1, height, width)
-        base, other = (fill, batch.explained) if insert else (batch.explained, fill)
-        assert base is not None and other is not None
         return probability(batch, torch.where(flipped, other[row], base[row]), row)
 
-    return in_blocks(look, rows, wanted, block=batch.evaluation.block).reshape(n, GRID)
+    def end(images: Tensor) -> Tensor:
+        return in_blocks(lambda row: probability(batch, images[row], row), rows, block=block)[:, None]
+
+    between = in_blocks(look, rows.repeat_interleave(GRID - 2), counts.repeat(n), block=block).reshape(n, GRID - 2)
+    # No order changes the ends: all methods and reference maps share them.
+    at_whole, at_gone = batch.once("whole", lambda: end(whole)), batch.once(f"gone {imputation}", lambda: end(gone))
+    first, last = (at_gone, at_whole) if insert else (at_whole, at_gone)
+    return torch.cat([first, between, last], dim=1)
 
 
 def _area(curve: Tensor) -> Tensor:
@@ -79,11 +85,12 @@ def _fill(batch: Batch, imputation: str) -> Tensor:
 
 def _flipping(batch: Batch, *, insert: bool, imputation: str) -> Tensor:
     """Area under the curve minus that of a random order on the same image and model (M3)."""
-    fill = _fill(batch, imputation)
-    key = f"random {insert} {imputation}"
-    if key not in batch.shared:
-        batch.shared[key] = _area(_flip_curve(batch, random_order(batch), insert=insert, fill=fill))
-    return _area(_flip_curve(batch, order_of(batch), insert=insert, fill=fill)) - batch.shared[key]
+
+    def area(order: Tensor) -> Tensor:
+        return _area(_flip_curve(batch, order, insert=insert, imputation=imputation))
+
+    by_chance = batch.once(f"random {insert} {imputation}", lambda: area(random_order(batch)))
+    return area(order_of(batch)) - by_chance
 
 
 def insertion(batch: Batch) -> Tensor:

@@ -6,6 +6,8 @@ what is measured. The changes belong to image and model, so that all methods and
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -76,10 +78,8 @@ def _square_sums(batch: Batch) -> tuple[Tensor, Tensor]:
     """(sum of contributions, change of output) for each random square, float64 (N, SQUARES)."""
     assert batch.explained is not None
     removed = squares(batch.ids, *batch.explained.shape[2:])
-    key = f"squares {batch.output}"
-    if key not in batch.shared:
-        batch.shared[key] = _changes(batch, removed)
-    return (removed * contributions(batch)[:, None]).sum(2), batch.shared[key]
+    changes = batch.once(f"squares {batch.output}", lambda: _changes(batch, removed))
+    return (removed * contributions(batch)[:, None]).sum(2), changes
 
 
 def infidelity(batch: Batch) -> Tensor:
@@ -114,8 +114,6 @@ def sensitivity_n(batch: Batch) -> Tensor:
     found = []
     for size in sorted({max(1, round(share * locations)) for share in SHARES}):
         removed = subsets(batch.ids, locations, size)
-        key = f"subsets {size} {batch.output}"
-        if key not in batch.shared:
-            batch.shared[key] = _changes(batch, removed)
-        found.append(correlation((removed * contributions(batch)[:, None]).sum(2), batch.shared[key]))
+        changes = batch.once(f"subsets {size} {batch.output}", partial(_changes, batch, removed))
+        found.append(correlation((removed * contributions(batch)[:, None]).sum(2), changes))
     return torch.stack(found, 1).nanmean(1)

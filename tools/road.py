@@ -78,9 +78,8 @@ def _curve(batch: Batch, order: Tensor) -> Tensor:
 
 
 def _above_random(batch: Batch, *, most: bool) -> Tensor:
-    if "road" not in batch.shared:
-        batch.shared["road"] = _curve(batch, random_order(batch))
-    return _curve(batch, order_of(batch, most=most)) - batch.shared["road"]
+    by_chance = batch.once("road", lambda: _curve(batch, random_order(batch)))
+    return _curve(batch, order_of(batch, most=most)) - by_chance
 
 
 def road_morf(batch: Batch) -> Tensor:

@@ -311,8 +311,9 @@ $(L)/report.html: $(L)/link.jsonl $(LINK_PROOF)
 
 # ---------------------------------------------------------------------------------------------------- tests
 
+# A process per core, each of one thread.
 test: setup  ## the tests
-	pytest
+	OMP_NUM_THREADS=1 pytest -n $(shell nproc) --dist loadfile
 
 lint: setup  ## style and types
 	ruff format --check . && ruff check .

@@ -121,6 +121,8 @@ def _other(name: str, error: Exception) -> int:
         text = "the model's output has no gradient by its input (detached, or rounded on the way); try rb-score --flags"
         return _report(name, RuntimeError(text), 3, error)
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):
+        if os.environ.get("RANK", "0") != "0":  # of several processes with one command line the first complains of it
+            return int(error.exit_code)
         hint = f"; try '{name} --help'" if error.exit_code == 2 else ""
         text = error.format_message().rstrip(".") + hint
         return _report(name, RuntimeError(text), 2)

@@ -13,9 +13,13 @@ from toys import SmallNet, generator, linear, randomise
 from rbkit.tools import random, train
 from rbkit.tools.attack import random_start
 from rbkit.tools.augment import crop_flip
+from rbkit.tools.examples import Data, as_float
 from rbkit.tools.models import Classifier
 from rbkit.tools.norms import NORMS
-from rbkit.tools.train import Data, Inner, Recipe, begin, fit, train_epoch, validate
+from rbkit.tools.recipe import Recipe
+from rbkit.tools.risk import Inner
+from rbkit.tools.train import begin, fit, train_epoch
+from rbkit.tools.validation import validate
 
 N, C, H, W, K = 22, 3, 6, 8, 4
 RECIPE = Recipe(epochs=2, batch=5, lr=0.05, seed=3)
@@ -179,7 +183,7 @@ def test_amp_computes_in_bfloat16_and_stays_near():
 def test_only_a_train_mode_attack_moves_norms_and_none_moves_weights(method, attack_bn, moves):
     rows, model = data(), fresh().train()
     before = copy.deepcopy(model)
-    Inner(model, replace(PGD, method=method, attack_bn=attack_bn))(train.as_float(rows.image), rows, epoch=0, done=0.5)
+    Inner(model, replace(PGD, method=method, attack_bn=attack_bn))(as_float(rows.image), rows, epoch=0, done=0.5)
     assert same_weights(model, before) is not moves
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert model.training and all(p.grad is None for p in model.parameters())

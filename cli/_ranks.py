@@ -40,6 +40,12 @@ def index() -> int:
     return _number("RANK", 0) if count() > 1 else 0
 
 
+def check_launch() -> None:
+    """Raises: Usage where several processes do not know where they meet."""
+    if count() > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise Usage(f"WORLD_SIZE is {count()}, but MASTER_ADDR and MASTER_PORT do not tell where the processes meet")
+
+
 def threads() -> int:
     """This process's share of the CPUs of its machine."""
     return max(1, available_threads() // (_number("LOCAL_WORLD_SIZE", 1) if count() > 1 else 1))
@@ -71,11 +77,9 @@ def told_once(*kinds: type[Failure]) -> Iterator[None]:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """This process among the others. Raises: Lost when one of them is gone, Usage where the launcher told no address."""
+    """This process among the others. Raises: Lost when one of them is gone."""
     from rbkit.tools import ranks
 
-    if count() > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        raise Usage(f"WORLD_SIZE is {count()}, but MASTER_ADDR and MASTER_PORT do not tell where the processes meet")
     try:
         with ranks.joined(index(), count()) as found:
             yield found

@@ -188,6 +188,7 @@ def train(
     """
     options = dict(locals())
     with _ranks.told_once(Usage):
+        _ranks.check_launch()
         recipe, every = _recipe(options), pace(checkpoint_every)
         _io.refuse_same_file(source, output)
     with _ranks.told_once(Numbers, Stopped), _ranks.joined() as ranks:

@@ -335,7 +335,7 @@ def test_average_follows_with_its_decay_and_is_what_is_kept():
 def test_selection_keeps_the_best_epoch(select, best, monkeypatch):
     scores = iter([(0.9, 0.1), (0.8, 0.5), (0.5, 0.6), (0.4, 0.4)])
 
-    def validate(classifier, held_out, plan):
+    def validate(classifier, held_out, plan, ranks):
         clean, robust = next(scores)
         return {"val_accuracy": clean, "val_robust_accuracy": robust}
 

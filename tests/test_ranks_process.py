@@ -76,7 +76,7 @@ def test_torchrun_makes_the_bytes_of_one_process(tmp_path: Path, rows: Path, who
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = [*map(str, JOB), "-q", "--log", f"{target}.log", "-o", str(target)]
     done = subprocess.run(
-        [*launcher, "-m", "rbkit.cli.train", str(rows), *options],
+        [*launcher, "-m", "--", "rbkit.cli.train", str(rows), *options],
         capture_output=True, env=environment(OMP_NUM_THREADS="1"), timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()

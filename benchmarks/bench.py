@@ -24,13 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rbkit.tools import shapes, train
+from rbkit.tools import examples, shapes, train
 from rbkit.tools.architectures import resnet8, resnet18
 from rbkit.tools.ascend import Batch, polling
 from rbkit.tools.attack import pgd, run
 from rbkit.tools.batch import Batch as Judged
+from rbkit.tools.examples import Data, as_float
 from rbkit.tools.metrics import evaluate
 from rbkit.tools.models import Classifier, Evaluation
+from rbkit.tools.recipe import Recipe
 from rbkit.tools.saliency import Saliency, explain
 from rbkit.tools.shapley import grid
 
@@ -52,7 +54,7 @@ class Bed:
     labels: Tensor
     ids: Tensor
     background: Tensor
-    data: train.Data
+    data: Data
 
 
 @dataclass
@@ -71,18 +73,18 @@ def bed(*, arch: str, count: int, epochs: int) -> Bed:
     """A model trained on shapes (a fresh resnet18) and `count` test images."""
     ids = torch.arange(1500)
     drawn = shapes.generate(ids, seed=0, split="train")
-    data = train.Data(drawn["image"], drawn["label"], ids)
+    data = Data(drawn["image"], drawn["label"], ids)
     with train.seeded(0):
         net = resnet8(num_classes=8) if arch == "resnet8" else resnet18(num_classes=8)
-    mean, std = train.statistics(data.image)
-    recipe = train.Recipe(epochs=epochs, batch=32, method="pgd", eps=EPS, steps=2, step_size=EPS, augment="none")
+    mean, std = examples.statistics(data.image)
+    recipe = Recipe(epochs=epochs, batch=32, method="pgd", eps=EPS, steps=2, step_size=EPS, augment="none")
     state = train.begin(Classifier(net, mean=mean, std=std), recipe)
     list(train.fit(state, data, None, recipe))
     test = shapes.generate(torch.arange(count), seed=0, split="test")
     plain = state.classifier.eval().requires_grad_(False)
     return Bed(
-        plain, Evaluation(plain), train.as_float(test["image"]), test["label"], torch.arange(count),
-        train.as_float(data.image[:100]), data,
+        plain, Evaluation(plain), as_float(test["image"]), test["label"], torch.arange(count),
+        as_float(data.image[:100]), data,
     )  # fmt: skip
 
 
@@ -169,7 +171,7 @@ def attack_group(place: Bed, title: str, *, norm: str, eps: float) -> Group:
 
 def ours_training(place: Bed) -> None:
     """One epoch of PGD-7 training, as rb-train does it."""
-    recipe = train.Recipe(epochs=1, batch=64, method="pgd", eps=EPS, steps=7, step_size=2.5 * EPS / 7, augment="none")
+    recipe = Recipe(epochs=1, batch=64, method="pgd", eps=EPS, steps=7, step_size=2.5 * EPS / 7, augment="none")
     with train.seeded(0):
         net = resnet8(num_classes=8)
     data = place.data.rows(torch.arange(len(place.images)))
@@ -186,7 +188,7 @@ def plain_training(place: Bed) -> None:
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     attack = torchattacks.PGDL2(model, eps=EPS, alpha=2.5 * EPS / 7, steps=7)
     data = place.data.rows(torch.arange(len(place.images)))
-    for images, labels in zip(train.as_float(data.image).split(64), data.label.split(64), strict=True):
+    for images, labels in zip(as_float(data.image).split(64), data.label.split(64), strict=True):
         moved = attack(images, labels)
         model.train()
         optimiser.zero_grad()

@@ -121,6 +121,8 @@ def _other(name: str, error: Exception) -> int:
         text = "the model's output has no gradient by its input (detached, or rounded on the way); try rb-score --flags"
         return _report(name, RuntimeError(text), 3, error)
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):
+        if _follows():
+            return int(error.exit_code)
         hint = f"; try '{name} --help'" if error.exit_code == 2 else ""
         text = error.format_message().rstrip(".") + hint
         return _report(name, RuntimeError(text), 2)
@@ -131,6 +133,11 @@ def _other(name: str, error: Exception) -> int:
     return _report(
         name, RuntimeError(f"internal error: {type(error).__name__}: {reason(error)}; RB_DEBUG=1 shows where"), 1, error
     )
+
+
+def _follows() -> bool:
+    """Whether this is one of several processes with one command line, of which the first complains for all."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
 def _report(name: str, error: BaseException, status: int, cause: BaseException | None = None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,10 @@ from rbkit.formats.errors import FormatError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rbkit.tools.train import Data, Recipe, State
+    from rbkit.tools.examples import Data
+    from rbkit.tools.ranks import Ranks
+    from rbkit.tools.recipe import Recipe
+    from rbkit.tools.train import State
 
 
 class Job:
@@ -23,7 +25,7 @@ class Job:
     def __init__(self, options: dict[str, Any], recipe: Recipe, data: Data, *, path: str | None) -> None:
         from rbkit.formats.document import digest
 
-        self.identity = {**recorded(options), **asdict(recipe), "data": _data_digest(data)}
+        self.identity = {**recorded(options), **recipe.recorded(), "data": _data_digest(data)}
         self.digest = digest(self.identity)
         self.path = path
 
@@ -35,9 +37,7 @@ class Job:
         from rbkit.formats.document import encode
 
         meta = {
-            "kind": "checkpoint", "part": {"index": 1, "last": True}, "identity": self.identity, "epoch": state.epoch,
-            "step": state.step, "best": state.best if state.best_epoch else None, "best_epoch": state.best_epoch,
-            "sums": state.sums, "records": state.records,
+            "kind": "checkpoint", "part": {"index": 1, "last": True}, "identity": self.identity, **_position(state),
         }  # fmt: skip
         arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in _tensors(state).items()}
         with blame(Output, OSError, prefix=f"{self.path}: "):
@@ -48,13 +48,15 @@ class Job:
         """Bring `state` to where the checkpoint stands; False if there is none. Raises: Input, Usage."""
         if self.path is None or not Path(self.path).exists():
             return False
+        import torch
+
         from rbkit.formats.stream import whole
 
         with blame(Input, FormatError, OSError), Path(self.path).open("rb") as file:
             chunk = whole(file, name=self.path)
         self._check(chunk.meta.get("identity") or {})
         with blame(Input, KeyError, RuntimeError, ValueError, prefix=f"{self.path}: not a checkpoint of this model: "):
-            _load(state, chunk.arrays, chunk.meta)
+            _load(state, {name: torch.from_numpy(array.copy()) for name, array in chunk.arrays.items()}, chunk.meta)
         return True
 
     def _check(self, found: dict[str, Any]) -> None:
@@ -78,6 +80,21 @@ def _data_digest(data: Data) -> str:
     return sha.hexdigest()
 
 
+def share(state: State, ranks: Ranks) -> None:
+    """Bring the state of every process to that of the first."""
+    tensors, position = ranks.share(_tensors(state), _position(state))
+    if ranks.index:
+        _load(state, tensors, position)
+
+
+def _position(state: State) -> dict[str, Any]:
+    """Where training stands and what was recorded on the way."""
+    return {
+        "epoch": state.epoch, "step": state.step, "best": state.best if state.best_epoch else None,
+        "best_epoch": state.best_epoch, "sums": state.sums, "records": state.records,
+    }  # fmt: skip
+
+
 def _tensors(state: State) -> dict[str, Tensor]:
     """Everything that training changes, under prefixed names."""
     found = {f"net.{name}": t for name, t in state.classifier.net.state_dict().items()}
@@ -90,14 +107,14 @@ def _tensors(state: State) -> dict[str, Tensor]:
     return found | {f"best.{name}": t for name, t in state.best_weights.items()}
 
 
-def _load(state: State, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
+def _load(state: State, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
     import torch
 
     device = state.classifier.mean.device
     groups: dict[str, dict[str, Tensor]] = {"net": {}, "momentum": {}, "average": {}, "best": {}}
-    for name, array in arrays.items():
+    for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
-        groups[group][rest] = torch.from_numpy(array.copy()).to(device)
+        groups[group][rest] = tensor.to(device)
     state.classifier.net.load_state_dict(groups["net"])
     if state.average is not None:
         state.average.net.load_state_dict(groups["average"])
@@ -108,6 +125,6 @@ def _load(state: State, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
                 groups["momentum"][name]
             )
     state.best_weights = groups["best"]
-    state.epoch, state.step, state.best_epoch = meta["epoch"], meta["step"], meta["best_epoch"]
-    state.best = meta["best"] if meta["best"] is not None else state.best
-    state.sums, state.records = list(meta["sums"]), list(meta["records"])
+    state.epoch, state.step, state.best_epoch = position["epoch"], position["step"], position["best_epoch"]
+    state.best = position["best"] if position["best"] is not None else state.best
+    state.sums, state.records = list(position["sums"]), list(position["records"])

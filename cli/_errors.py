@@ -61,9 +61,13 @@ class Inconclusive(Failure):
 
 
 class Stopped(Failure):
-    """Stopped on request after saving; the same command goes on."""
+    """Stopped on request after saving, or because another process of the run was lost; the same command goes on."""
 
     status = 75
+
+
+class Lost(Stopped):
+    """Another process of the run ended early; what was saved before stands."""
 
 
 class Terminated(BaseException):

@@ -186,9 +186,9 @@ def _unlabelled(chunk: Chunk) -> bool:
 
 def _batch(chunk: Chunk, evaluation: Any, run: Judge) -> Batch:
     """A chunk as what the metrics read."""
+    from rbkit.tools.examples import as_float
     from rbkit.tools.metrics import Batch
     from rbkit.tools.saliency import Saliency
-    from rbkit.tools.train import as_float
 
     def tensor(name: str) -> Any:
         return to_tensor(chunk.arrays[name], run.device) if name in chunk.arrays else None

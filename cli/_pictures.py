@@ -189,8 +189,8 @@ def eight_bits(one: Mapping[str, Any], attack: Mapping[str, Any]) -> np.ndarray:
     """An adversarial image as uint8 that stays inside its ball."""
     import torch
 
+    from rbkit.tools.examples import as_float
     from rbkit.tools.quantise import round_inside
-    from rbkit.tools.train import as_float
 
     clean = as_float(torch.from_numpy(one["image"].copy())[None])
     rounded = round_inside(

@@ -53,7 +53,7 @@ def load_images(
     """(images float32, ids, labels or None) of a whole side input. Raises: Input, also where it has no rows."""
     import torch
 
-    from rbkit.tools.train import as_float
+    from rbkit.tools.examples import as_float
 
     images, ids, labels = [], [], []
     for chunk in checked(_io.chunks(path, max_document=max_document), model):

@@ -12,6 +12,7 @@ from rbkit.cli._errors import Stopped, Terminated, Usage
 
 if TYPE_CHECKING:
     from rbkit.cli._checkpoint import Job
+    from rbkit.tools.ranks import Ranks
     from rbkit.tools.train import State
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
@@ -29,10 +30,13 @@ def pace(text: str | None) -> tuple[int, float]:
 
 
 class Watch:
-    """Handlers that only remember their signal, and the clock of the last checkpoint."""
+    """Handlers that only remember their signal, and the clock of the last checkpoint.
 
-    def __init__(self, job: Job, *, every: tuple[int, float]) -> None:
-        self.job = job
+    A signal to one process of several stops all of them after the same step.
+    """
+
+    def __init__(self, job: Job, *, every: tuple[int, float], ranks: Ranks) -> None:
+        self.job, self.ranks = job, ranks
         self.steps, self.seconds = every
         self.caught: list[int] = []
         self.saved_at = time.monotonic()
@@ -48,13 +52,14 @@ class Watch:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.caught.append(number)
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and self.ranks.index == 0:
             note("rb-train", "stopping after this step; Ctrl-C again to quit now")
 
     def after_step(self, state: State) -> None:
         """Stop if a signal came, else save if it is time. Raises: Stopped, or Terminated after Ctrl-C."""
-        if self.caught:
-            self._stop(self.caught[0], state)
+        stop = self.ranks.largest(self.caught[0] if self.caught else 0)
+        if stop:
+            self._stop(stop, state)
         steps_due = self.steps and state.step % self.steps == 0
         if steps_due or (self.seconds and time.monotonic() - self.saved_at >= self.seconds):
             self.save(state)

@@ -289,8 +289,8 @@ def _slots_matter(victim: Model, evaluation: Evaluation, first: Chunk, options: 
     import torch
 
     from rbkit.tools.architectures import OWN
+    from rbkit.tools.examples import as_float
     from rbkit.tools.sameness import slots_matter
-    from rbkit.tools.train import as_float
 
     if victim.meta["arch"] in OWN or not options["refill"] or not first.count:
         return False
@@ -306,7 +306,7 @@ def _poll(ahead: _io.ReadAhead, device: Any, options: dict[str, Any]) -> Callabl
     import torch
 
     from rbkit.tools.ascend import Batch
-    from rbkit.tools.train import as_float
+    from rbkit.tools.examples import as_float
 
     def poll(wait: bool) -> Batch | None:
         if not wait and not options["refill"]:

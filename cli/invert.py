@@ -238,7 +238,7 @@ def _invert_chunk(
     import torch
 
     from rbkit.tools import invert as tool
-    from rbkit.tools.train import as_float
+    from rbkit.tools.examples import as_float
 
     device = evaluation.device
     images, ids = as_float(to_tensor(chunk.arrays["image"], device)), to_tensor(chunk.arrays["id"], device)
@@ -268,7 +268,7 @@ def _excite(
     import torch
 
     from rbkit.tools import invert as tool
-    from rbkit.tools.train import as_float
+    from rbkit.tools.examples import as_float
 
     shown = np.concatenate([c.arrays["image"] for c in chunks])
     known = np.concatenate([c.arrays["id"] for c in chunks])

@@ -221,8 +221,8 @@ def _spec(options: dict[str, Any]) -> Saliency:
 def _explain_chunk(
     options: dict[str, Any], spec: Saliency, evaluation: Evaluation, reference: Any, chunk: Chunk
 ) -> tuple[dict[str, Any], str, int]:
+    from rbkit.tools.examples import as_float
     from rbkit.tools.saliency import explain
-    from rbkit.tools.train import as_float
 
     device = evaluation.device
     of = options["of"] if options["of"] != "auto" else "adversarial" if "adversarial" in chunk.arrays else "image"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _checkpoint, _history, _io, _values
+from rbkit.cli import _checkpoint, _examples, _history, _io, _ranks, _values
 from rbkit.cli._app import note, program
-from rbkit.cli._compute import load_model, set_up, to_tensor
-from rbkit.cli._errors import Input, Numbers, Output, Usage, blame
+from rbkit.cli._compute import load_model, set_up
+from rbkit.cli._errors import Input, Numbers, Output, Stopped, Usage, blame
 from rbkit.cli._options import (
     DOCUMENT_LIMIT,
     EPS_HELP,
@@ -33,14 +32,19 @@ from rbkit.formats.errors import FormatError
 if TYPE_CHECKING:
     import torch
 
+    from rbkit.tools.examples import Data
     from rbkit.tools.models import Classifier
-    from rbkit.tools.train import Data, Recipe, State
+    from rbkit.tools.ranks import Ranks
+    from rbkit.tools.recipe import Recipe
+    from rbkit.tools.train import State
 
 METHODS = ("standard", "pgd", "fgsm", "trades", "noise", "gradient-penalty")
-ROBUST = ("pgd", "fgsm", "trades")  # = tools.train.ROBUST, which would cost torch to import here
+ROBUST = ("pgd", "fgsm", "trades")  # = tools.recipe.ROBUST, which would cost torch to import here
 SCHEDULES = ("onecycle", "cosine", "constant")
 AUGMENTS = ("crop-flip", "crop", "flip", "none")
 SELECTS = ("mean", "clean", "robust", "last")
+# What the processes after the first leave to it: files, and words.
+FOLLOWING = {"output": "-", "last": None, "log": None, "init": None, "resume": False, "quiet": True}
 
 
 def train(
@@ -100,6 +104,16 @@ def train(
         int, typer.Option("--epochs", metavar="N", min=0, help="Passes over the data; 0 keeps the fresh weights.")
     ] = 8,
     batch: Annotated[int, typer.Option("--batch", metavar="N", min=2, help="Examples per step.")] = 32,
+    micro: Annotated[
+        int | None,
+        typer.Option(
+            "--micro",
+            metavar="N",
+            min=2,
+            help="Examples that share their BatchNorm statistics, a divisor of --batch and by default all; what several processes divide.",
+            show_default=False,
+        ),
+    ] = None,
     lr: Annotated[float, typer.Option("--lr", metavar="X", min=0, help="Largest learning rate.")] = 0.1,
     momentum: Annotated[float, typer.Option("--momentum", metavar="X", min=0, max=1, help="Of SGD.")] = 0.9,
     nesterov: Annotated[bool, typer.Option("--nesterov/--no-nesterov", help="Nesterov's momentum.")] = True,
@@ -173,23 +187,35 @@ def train(
     --resume goes on to the same bytes.
     """
     options = dict(locals())
-    recipe, every = _recipe(options), pace(checkpoint_every)
-    _io.refuse_same_file(source, output)
-    _check_outputs(output, last, log)
-    place = set_up(device, threads)
-    data, meta = _read(source, max_document, place)
-    training, held_out = _held_out(options, data, place)
-    options["val"] = val if _is_share(val) else None
-    job = _checkpoint.Job(options, recipe, data, path=None if output == "-" else f"{output}.ckpt")
-    if resume and _finished(output, job):
+    with _ranks.told_once(Usage):
+        _ranks.check_launch()
+        recipe, every = _recipe(options), pace(checkpoint_every)
+        _io.refuse_same_file(source, output)
+    with _ranks.told_once(Numbers, Stopped), _ranks.joined() as ranks:
+        followers = options if ranks.index == 0 else options | FOLLOWING
+        _train({**followers, "micro": recipe.micro}, recipe, every, ranks)
+
+
+def _train(options: dict[str, Any], recipe: Recipe, every: tuple[int, float], ranks: Ranks) -> None:
+    """What each process does."""
+    _check_outputs(options["output"], options["last"], options["log"])
+    place = _ranks.own_device(set_up(options["device"], options["threads"] or _ranks.threads()))
+    data, meta = _examples.read(options["source"], options["max_document"], place, ranks)
+    training, held_out = _examples.hold_out(options, data, place, ranks)
+    options["val"] = options["val"] if _examples.is_share(options["val"]) else None
+    path = None if options["output"] == "-" else f"{options['output']}.ckpt"
+    job = _checkpoint.Job(options, recipe, data, path=path)
+    if ranks.largest(options["resume"] and _finished(options["output"], job)):
         return
-    state = _begin(options, recipe, data, meta, place, resume, job)
-    _run(options, state, training, held_out, recipe, Watch(job, every=every))
-    _write(options, recipe, state, meta, data, job)
+    state = _begin(options, recipe, data, meta, place, job)
+    _checkpoint.share(state, ranks)
+    _run(options, state, training, held_out, recipe, Watch(job, every=every, ranks=ranks))
+    if ranks.index == 0:
+        _write(options, recipe, state, meta, data, job)
 
 
 def _recipe(options: dict[str, Any]) -> Recipe:
-    from rbkit.tools.train import Recipe
+    from rbkit.tools.recipe import Recipe
 
     for name, allowed in (
         ("schedule", SCHEDULES),
@@ -215,7 +241,18 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     names = Recipe.__dataclass_fields__
     plain = {name: options[name] for name in names if name in options}
     own = {"method": method, "eps": radius, "steps": steps if radius else 0, "step_size": size, "sigma": sigma}
-    return Recipe(**{**plain, **own})
+    return Recipe(**{**plain, **own, "micro": _micro(options["micro"], options["batch"])})
+
+
+def _micro(micro: int | None, batch: int) -> int | None:
+    """Rows of a micro-batch; None where that is the batch, as it is then recorded nowhere."""
+    size, processes = micro or batch, _ranks.count()
+    if batch % size:
+        raise Usage(f"--micro {size} does not divide --batch {batch}")
+    if processes > batch // size:
+        found = f"{processes} processes share {batch // size} micro-batches of {size} rows in each step"
+        raise Usage(f"{found}; try a --micro of at most {batch // processes}, or fewer processes")
+    return None if size == batch else size
 
 
 def _check_outputs(output: str, last: str | None, log: str | None) -> None:
@@ -226,56 +263,6 @@ def _check_outputs(output: str, last: str | None, log: str | None) -> None:
     for path in (output, last, log):
         if path is not None and (path != "-" or path == output):
             _io.check_writable(path)
-
-
-def _is_share(text: str) -> bool:
-    try:
-        return 0 <= float(text) < 1
-    except ValueError:
-        return False
-
-
-def _read(source: str, max_document: int, device: torch.device) -> tuple[Data, dict[str, Any]]:
-    """A whole labelled stream, in memory on the device, and the metadata of its first document."""
-    import numpy as np
-
-    from rbkit.formats.rows import RowChecker
-    from rbkit.tools.train import Data
-
-    checker, parts = RowChecker(), []
-    meta: dict[str, Any] = {}
-    for chunk in _io.chunks(source, max_document=max_document):
-        with blame(Input, FormatError):
-            chunk = checker(chunk)
-        if "label" not in chunk.arrays:
-            raise Input(f"{chunk.place}: no labels; training needs them")
-        meta = meta or chunk.meta
-        parts.append({name: chunk.arrays[name] for name in ("image", "label", "id")})
-    joined = {name: np.concatenate([p[name] for p in parts]) for name in ("image", "label", "id")}
-    if not len(joined["id"]):
-        raise Input(f"{source}: no rows to train on")
-    tensors = [to_tensor(joined[name], device) for name in ("image", "label", "id")]
-    return Data(*tensors), meta
-
-
-def _held_out(options: dict[str, Any], data: Data, device: torch.device) -> tuple[Data, Data | None]:
-    """(training rows, held-out rows): a share of the rows by id, or another stream that shares no image with them."""
-    import torch
-
-    from rbkit.tools.sample import in_validation
-
-    if not _is_share(options["val"]):
-        held, _ = _read(options["val"], options["max_document"], device)
-        if held.image.shape[1:] != data.image.shape[1:]:
-            raise Input(f"{options['val']}: images of another size than the training rows")
-        return data, held
-    share = float(options["val"])
-    chosen = torch.from_numpy(
-        in_validation(data.ids.cpu().numpy(), fraction=share, seed=options["seed"], purpose="held out")
-    ).to(device)
-    if not bool((~chosen).any()):
-        raise Input("no rows are left to train on after --val; try --val 0")
-    return data.rows(~chosen), (data.rows(chosen) if bool(chosen.any()) else None)
 
 
 def _finished(output: str, job: _checkpoint.Job) -> bool:
@@ -293,7 +280,6 @@ def _begin(
     data: Data,
     meta: dict[str, Any],
     device: torch.device,
-    resume: bool,
     job: _checkpoint.Job,
 ) -> State:
     """A fresh state, one with the weights of --init, or the one of the checkpoint."""
@@ -305,7 +291,7 @@ def _begin(
         with blame(Input, RuntimeError, prefix=f"{options['init']}: "):
             classifier.net.load_state_dict(loaded.classifier.net.state_dict())
     state = begin(classifier, recipe)
-    if resume and job.restore(state):
+    if options["resume"] and job.restore(state):
         state.records.append({"event": "resume", "epoch": state.epoch + 1, "step": state.step})
         if not options["quiet"]:
             note("rb-train", f"resumed at epoch {state.epoch + 1}, step {state.step}")
@@ -316,10 +302,11 @@ def _fresh(options: dict[str, Any], data: Data, meta: dict[str, Any], device: to
     import torch
 
     from rbkit.tools import architectures, train
+    from rbkit.tools.examples import statistics
     from rbkit.tools.models import Classifier
 
-    classes = class_count(data, meta)
-    mean, std = train.statistics(data.image)
+    classes = _examples.class_count(data, meta)
+    mean, std = statistics(data.image)
     with train.seeded(options["seed"]), blame(Usage, ValueError):
         net = architectures.build(
             options["arch"], num_classes=classes, channels=data.image.shape[1], width=options["width"]
@@ -327,20 +314,12 @@ def _fresh(options: dict[str, Any], data: Data, meta: dict[str, Any], device: to
     return Classifier(net, mean=mean, std=std).to(device).to(memory_format=torch.channels_last)
 
 
-def class_count(data: Data, meta: dict[str, Any]) -> int:
-    """Number of classes: that of the stream's names, else one more than the largest label."""
-    found = int(data.label.max()) + 1
-    names = meta.get("classes")
-    if names is not None and found > len(names):
-        raise Input(f"label {found - 1} with {len(names)} class names")
-    return len(names) if names is not None else max(found, 2)
-
-
 def _run(
     options: dict[str, Any], state: State, training: Data, held_out: Data | None, recipe: Recipe, watch: Watch
 ) -> None:
     """Train to the end; signals are looked at after each step, checkpoints written after each epoch at least."""
-    from rbkit.tools.train import NumericError, fit, steps_per_epoch
+    from rbkit.tools.risk import NumericError
+    from rbkit.tools.train import fit, steps_per_epoch
 
     watch.listen()
     total = steps_per_epoch(training, recipe) * recipe.epochs
@@ -354,7 +333,7 @@ def _run(
         blame(Numbers, NumericError),
     ):
         progress.advance(state.step)
-        for record in fit(state, training, held_out, recipe, tick=tick):
+        for record in fit(state, training, held_out, recipe, tick=tick, ranks=watch.ranks):
             progress.advance(0, note=_summary(record))
             watch.save(state)
             if options["log"] is not None:
@@ -386,10 +365,10 @@ def _write(
     net = state.subject.net
     best = state.best_weights if state.best_weights and recipe.select != "last" else state.weights()
     described: dict[str, Any] = {
-        "kind": "model", "arch": options["arch"], "width": options["width"], "num_classes": class_count(data, meta),
+        "kind": "model", "arch": options["arch"], "width": options["width"], "num_classes": _examples.class_count(data, meta),
         "classes": meta.get("classes"), "input": list(data.image.shape[1:]), "first": 0,
         "mean": state.classifier.mean.flatten().tolist(), "std": state.classifier.std.flatten().tolist(),
-        "recipe": asdict(recipe), "job": job.digest, "epochs": [r for r in state.records if r["event"] == "epoch"],
+        "recipe": recipe.recorded(), "job": job.digest, "epochs": [r for r in state.records if r["event"] == "epoch"],
         "history": _history.extended(meta.get("history") or [], entry),
     }  # fmt: skip
     outputs = [(options["output"], best, state.best_epoch)]

@@ -94,7 +94,7 @@ def verify(
 
 
 def _counterpart(path: str, subject: Model, device: torch.device, max_document: int) -> Clean:
-    from rbkit.tools.train import as_float
+    from rbkit.tools.examples import as_float
     from rbkit.tools.verify import Clean
 
     found = Clean()
@@ -157,7 +157,7 @@ class _Run:
         import numpy as np
 
         from rbkit.formats.rows import IMAGE_DTYPES
-        from rbkit.tools.train import as_float
+        from rbkit.tools.examples import as_float
         from rbkit.tools.verify import Rows
 
         arrays = chunk.arrays

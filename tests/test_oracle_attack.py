@@ -10,8 +10,10 @@ from rbkit.tools import shapes, train
 from rbkit.tools.architectures import resnet8
 from rbkit.tools.ascend import Batch, polling
 from rbkit.tools.attack import ATTACKS, pgd, run
+from rbkit.tools.examples import Data, as_float, statistics
 from rbkit.tools.models import Classifier, Evaluation
-from rbkit.tools.train import Data, Recipe, begin, fit
+from rbkit.tools.recipe import Recipe
+from rbkit.tools.train import begin, fit
 
 EPS = {"l2": 0.5, "linf": 4 / 255}
 STEPS = 20
@@ -36,13 +38,13 @@ def trained():
     image, label = drawn["image"], drawn["label"]
     with train.seeded(0):
         net = resnet8(num_classes=8, width=8)
-    mean, std = train.statistics(image)
+    mean, std = statistics(image)
     recipe = Recipe(epochs=8, batch=16, augment="none", lr=0.1, momentum=0.8)
     state = begin(Classifier(net, mean=mean, std=std), recipe)
     list(fit(state, Data(image, label, ids), None, recipe))
     drawn = shapes.generate(torch.arange(200), seed=0, split="test")
     test, truth = drawn["image"], drawn["label"]
-    return state.classifier.eval().requires_grad_(False), train.as_float(test), truth
+    return state.classifier.eval().requires_grad_(False), as_float(test), truth
 
 
 def theirs(classifier, x, label, norm):

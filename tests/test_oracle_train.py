@@ -13,9 +13,13 @@ from toys import SmallNet, generator, linear, randomise
 from rbkit.tools import random, train
 from rbkit.tools.attack import random_start
 from rbkit.tools.augment import crop_flip
+from rbkit.tools.examples import Data, as_float
 from rbkit.tools.models import Classifier
 from rbkit.tools.norms import NORMS
-from rbkit.tools.train import Data, Inner, Recipe, begin, fit, train_epoch, validate
+from rbkit.tools.recipe import Recipe
+from rbkit.tools.risk import Inner
+from rbkit.tools.train import begin, fit, train_epoch
+from rbkit.tools.validation import validate
 
 N, C, H, W, K = 22, 3, 6, 8, 4
 RECIPE = Recipe(epochs=2, batch=5, lr=0.05, seed=3)
@@ -101,6 +105,22 @@ def average_by_hand(average, model, decay):
         kept.copy_(b)
 
 
+def micro_batch_by_hand(model, recipe, rows, part, *, epoch, done):
+    """(loss, right, gradients, buffers after it) of the rows `part`, on a copy of the model as it is."""
+    model = copy.deepcopy(model)
+    label, ids = rows.label[part], rows.ids[part]
+    x = crop_flip(rows.image[part] / 255, ids, seed=recipe.seed, epoch=epoch)
+    attacked = None
+    if recipe.method == "noise":
+        noise = random.normal(ids, x.shape[1:], seed=recipe.seed, purpose="training noise", draw=epoch)
+        x = torch.minimum(torch.maximum(x + recipe.sigma * noise, torch.zeros(())), torch.ones(()))
+    elif recipe.eps:
+        attacked = attack_by_hand(model, recipe, x, label, ids, epoch=epoch, done=done)
+    loss, logits = loss_by_hand(model, recipe, x, attacked, label)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.item(), int((logits.argmax(1) == label).sum()), gradients, list(model.buffers())
+
+
 def train_by_hand(recipe: Recipe, rows: Data):
     """(model, average, mean loss and accuracy per epoch) of the whole recipe."""
     model = fresh().train()
@@ -110,24 +130,25 @@ def train_by_hand(recipe: Recipe, rows: Data):
     for epoch in range(recipe.epochs):
         order = random.permutation(len(rows), seed=recipe.seed, purpose="order", draw=epoch)
         losses, right = 0.0, 0
-        for part in order[: per_epoch * recipe.batch].split(recipe.batch):
-            label, ids, done = rows.label[part], rows.ids[part], step / (per_epoch * recipe.epochs)
-            x = crop_flip(rows.image[part] / 255, ids, seed=recipe.seed, epoch=epoch)
-            attacked = None
-            if recipe.method == "noise":
-                noise = random.normal(ids, x.shape[1:], seed=recipe.seed, purpose="training noise", draw=epoch)
-                x = torch.minimum(torch.maximum(x + recipe.sigma * noise, torch.zeros(())), torch.ones(()))
-            elif recipe.eps:
-                attacked = attack_by_hand(model, recipe, x, label, ids, epoch=epoch, done=done)
-            loss, logits = loss_by_hand(model, recipe, x, attacked, label)
-            gradients = torch.autograd.grad(loss, list(model.parameters()))
+        for batch in order[: per_epoch * recipe.batch].split(recipe.batch):
+            done = step / (per_epoch * recipe.epochs)
             lr = recipe.lr * (done / recipe.warmup if done < recipe.warmup else (1 - done) / (1 - recipe.warmup))
+            parts = batch.split(recipe.micro or recipe.batch)
+            found = [micro_batch_by_hand(model, recipe, rows, part, epoch=epoch, done=done) for part in parts]
+            shares = [len(part) / len(batch) for part in parts]
             step += 1
             with torch.no_grad():
+                gradients = [
+                    sum(w * g for w, g in zip(shares, gs, strict=True))
+                    for gs in zip(*(f[2] for f in found), strict=True)
+                ]
                 sgd_by_hand(model, velocity, gradients, recipe, lr)
+                for b, after in zip(model.buffers(), zip(*(f[3] for f in found), strict=True), strict=True):
+                    mean = sum(w * a for w, a in zip(shares, after, strict=True))
+                    b.copy_(mean if b.is_floating_point() else after[0])
                 average_by_hand(average, model, min(recipe.ema, (1 + step) / (10 + step)))
-            losses += loss.item()
-            right += int((logits.argmax(1) == label).sum())
+            losses += sum(w * f[0] for w, f in zip(shares, found, strict=True))
+            right += sum(f[1] for f in found)
         told.append((losses / per_epoch, right / (per_epoch * recipe.batch)))
     return model, average, told
 
@@ -144,12 +165,20 @@ RECIPES = {
     "noise": replace(RECIPE, method="noise", sigma=0.3),
     "gradient-penalty": replace(RECIPE, method="gradient-penalty", beta=20.0),
     "ema": replace(RECIPE, ema=0.6),
+    "micro": replace(RECIPE, micro=2),
+    "micro pgd, ema": replace(PGD, micro=3, ema=0.6),
+    "micro trades, train mode": replace(PGD, method="trades", attack_bn="train", micro=3),
+    "micro noise": replace(RECIPE, method="noise", sigma=0.3, micro=3),
+    "micro gradient-penalty": replace(RECIPE, method="gradient-penalty", beta=20.0, micro=3),
 }
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_training_equals_the_slow_loop(name):
-    """Two epochs, so that order, augmentation and starts of the second one count; the odd rows of each are left over."""
+    """Two epochs, so that order, augmentation and starts of the second one count; the odd rows of each are left over.
+
+    Micro-batches of 2 and 3 do not divide the batch of 5, so that the weights of unequal ones count too.
+    """
     recipe = RECIPES[name]
     state = begin(fresh(), recipe)
     records = list(fit(state, data(), None, recipe))
@@ -179,7 +208,7 @@ def test_amp_computes_in_bfloat16_and_stays_near():
 def test_only_a_train_mode_attack_moves_norms_and_none_moves_weights(method, attack_bn, moves):
     rows, model = data(), fresh().train()
     before = copy.deepcopy(model)
-    Inner(model, replace(PGD, method=method, attack_bn=attack_bn))(train.as_float(rows.image), rows, epoch=0, done=0.5)
+    Inner(model, replace(PGD, method=method, attack_bn=attack_bn))(as_float(rows.image), rows, epoch=0, done=0.5)
     assert same_weights(model, before) is not moves
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert model.training and all(p.grad is None for p in model.parameters())
@@ -206,7 +235,7 @@ def copied(state: train.State, recipe: Recipe) -> train.State:
     return other
 
 
-@pytest.mark.parametrize("name", ["trades, train mode", "ramp", "ema"])
+@pytest.mark.parametrize("name", ["trades, train mode", "ramp", "micro pgd, ema"])
 @pytest.mark.parametrize("at", [1, 4, 6])
 def test_every_kind_of_run_resumes_bit_for_bit(name, at):
     """Stopped within the first epoch, at its last step, and within the second; records and best weights count too."""

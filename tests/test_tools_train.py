@@ -13,8 +13,12 @@ from toys import C, K, N, SmallNet, W, convnet, generator, images
 
 from rbkit.tools import random, train
 from rbkit.tools.augment import crop_flip
+from rbkit.tools.examples import Data, as_float, statistics
 from rbkit.tools.models import Classifier
-from rbkit.tools.train import Data, Inner, NumericError, Recipe, begin, fit, learning_rate, loss_of
+from rbkit.tools.recipe import AUGMENTS, ROBUST, Recipe, learning_rate
+from rbkit.tools.risk import Inner, NumericError, loss_of
+from rbkit.tools.train import begin, fit
+from rbkit.tools.validation import validate, validation_attack
 
 ROWS, SIZE = 48, 9
 
@@ -88,7 +92,7 @@ def test_half_the_images_are_mirrored_and_all_offsets_are_drawn():
 def test_each_way_to_augment_does_what_its_name_says():
     """Flipping leaves an image or its mirror image; cropping never mirrors; both together do both."""
     x, ids = torch.arange(1.0, W + 1).expand(64, 1, W, W).contiguous(), torch.arange(64)
-    found = {name: crop_flip(x, ids, seed=0, epoch=0, **given) for name, given in train.AUGMENTS.items()}
+    found = {name: crop_flip(x, ids, seed=0, epoch=0, **given) for name, given in AUGMENTS.items()}
     kept, mirrored = ((found["flip"] == y).flatten(1).all(1) for y in (x, x.flip(3)))
     assert (kept ^ mirrored).all() and 20 < int(kept.sum()) < 44
     assert torch.equal(found["crop-flip"][kept], found["crop"][kept])
@@ -99,7 +103,7 @@ def test_each_way_to_augment_does_what_its_name_says():
 def test_statistics_are_exact_per_channel():
     """D6: over all pixels, also where the last part is smaller."""
     x = torch.randint(0, 256, (1030, C, 2, 3), generator=generator(0), dtype=torch.uint8)
-    mean, std = train.statistics(x)
+    mean, std = statistics(x)
     pixels = x.double().div(255).transpose(0, 1).flatten(1)
     assert mean == pytest.approx(pixels.mean(1).tolist(), abs=1e-6)
     assert std == pytest.approx(pixels.std(1, correction=0).tolist(), abs=1e-6)
@@ -145,7 +149,7 @@ def test_each_recipe_lowers_the_loss(name):
     records = list(fit(state, data(), data(20, seed=1), recipe(epochs=4, **RECIPES[name])))
     assert [r["epoch"] for r in records] == [1, 2, 3, 4] and state.step == 12
     assert records[-1]["train_loss"] < 0.9 * records[0]["train_loss"]
-    assert ("val_robust_accuracy" in records[0]) == (RECIPES[name]["method"] in train.ROBUST)
+    assert ("val_robust_accuracy" in records[0]) == (RECIPES[name]["method"] in ROBUST)
     for record in records:
         assert record.get("val_robust_accuracy", 0) <= record["val_accuracy"]
 
@@ -168,7 +172,7 @@ def test_seeded_construction_leaves_the_global_generator():
 
 def test_trades_loss_equals_equation_5():
     model, batch, plan = convnet(), data(N), recipe(method="trades", beta=3.0)
-    x = train.as_float(batch.image)
+    x = as_float(batch.image)
     moved = Inner(model, plan)(x, batch, epoch=0, done=0.5)
     loss, logits = loss_of(model, Inner(model, plan), x, batch, plan, epoch=0, done=0.5)
     clean, other = model(x).detach().double().numpy(), model(moved).detach().double().numpy()
@@ -178,7 +182,7 @@ def test_trades_loss_equals_equation_5():
 
 def test_trades_attack_raises_the_divergence():
     model, batch = convnet(), data(N)
-    x = train.as_float(batch.image)
+    x = as_float(batch.image)
     log_p = model(x).detach().log_softmax(1)
 
     def divergence(at):
@@ -193,7 +197,7 @@ def test_trades_attack_raises_the_divergence():
 
 def test_the_inner_attack_stays_in_its_ball_and_starts_anew_each_epoch():
     model, batch, plan = convnet(), data(N), recipe(method="pgd")
-    x = train.as_float(batch.image)
+    x = as_float(batch.image)
     inner = Inner(model, plan)
     first, again, other = (inner(x, batch, epoch=e, done=1.0) for e in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -204,7 +208,7 @@ def test_the_inner_attack_stays_in_its_ball_and_starts_anew_each_epoch():
 
 def test_eps_ramp_scales_the_ball():
     model, batch, plan = convnet(), data(N), recipe(method="pgd", eps_ramp=0.5)
-    x = train.as_float(batch.image)
+    x = as_float(batch.image)
     inner = Inner(model, plan)
     assert torch.equal(inner(x, batch, epoch=0, done=0.0), x)
     half = (inner(x, batch, epoch=0, done=0.25) - x).flatten(1).norm(dim=1)
@@ -217,14 +221,14 @@ def test_only_the_papers_mode_moves_statistics_in_the_attack(mode, moves):
     """T1, and in neither mode do weights get a gradient from the inner problem."""
     model, batch, plan = convnet().train(), data(N), recipe(method="pgd", attack_bn=mode)
     before = copy.deepcopy(model.state_dict())
-    Inner(model, plan)(train.as_float(batch.image), batch, epoch=0, done=0.5)
+    Inner(model, plan)(as_float(batch.image), batch, epoch=0, done=0.5)
     assert equal(before, model.state_dict()) == (not moves)
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
 def test_the_inner_attack_sees_the_current_weights():
     model, other, batch, plan = convnet(seed=3), convnet(seed=4), data(N), recipe(method="pgd")
-    x = train.as_float(batch.image)
+    x = as_float(batch.image)
     inner = Inner(model, plan)
     inner(x, batch, epoch=0, done=0.5)
     with torch.no_grad():
@@ -331,7 +335,7 @@ def test_average_follows_with_its_decay_and_is_what_is_kept():
 def test_selection_keeps_the_best_epoch(select, best, monkeypatch):
     scores = iter([(0.9, 0.1), (0.8, 0.5), (0.5, 0.6), (0.4, 0.4)])
 
-    def validate(classifier, held_out, plan):
+    def validate(classifier, held_out, plan, ranks):
         clean, robust = next(scores)
         return {"val_accuracy": clean, "val_robust_accuracy": robust}
 
@@ -347,16 +351,16 @@ def test_selection_keeps_the_best_epoch(select, best, monkeypatch):
 def test_validation_counts_each_row_once_and_changes_nothing():
     model, held, plan = convnet(), data(37, seed=1), recipe(method="pgd")
     before = copy.deepcopy(model.state_dict())
-    found = train.validate(model, held, plan)
-    right = (model(train.as_float(held.image)).argmax(1) == held.label).double().mean()
+    found = validate(model, held, plan)
+    right = (model(as_float(held.image)).argmax(1) == held.label).double().mean()
     assert found["val_accuracy"] == pytest.approx(float(right)) and equal(before, model.state_dict())
     assert (found["val_robust_accuracy"] * 37) == pytest.approx(round(found["val_robust_accuracy"] * 37))
 
 
 def test_validation_uses_pgd_10_of_the_training_ball():
-    spec = train.validation_attack(recipe(method="fgsm", norm="linf", eps=0.03))
+    spec = validation_attack(recipe(method="fgsm", norm="linf", eps=0.03))
     assert (spec.name, spec.norm, spec.eps, spec.steps) == ("pgd", "linf", 0.03, 10)
-    assert train.validation_attack(recipe(method="standard")) is None
+    assert validation_attack(recipe(method="standard")) is None
 
 
 def test_fewer_rows_than_a_batch_are_one_step():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import signal
 import subprocess
 import time
@@ -18,6 +20,7 @@ from safetensors import numpy as st
 
 from rbkit.cli._errors import Usage
 from rbkit.cli._watch import Watch, pace
+from rbkit.tools.ranks import ALONE
 
 # A robust recipe with averages and momentum, so that all that a checkpoint holds matters.
 JOB = ("--width", 4, "--epochs", 4, "--batch", 16, "--eps", "0.5", "--steps", 2, "--ema", "0.9", "--seed", 3)
@@ -108,6 +111,33 @@ def test_a_job_killed_within_an_epoch_goes_on_from_its_last_steps(tmp_path: Path
     assert target.read_bytes() == whole.read_bytes()
 
 
+def test_killed_again_and_again_a_job_ends_at_the_same_bytes(tmp_path: Path, few_rows: Path, whole: Path) -> None:
+    """At random moments after its next checkpoint, of 20 steps; the log has each epoch once, and says where it went on."""
+    target, log = tmp_path / "model.safetensors", tmp_path / "log.jsonl"
+    checkpoint = Path(f"{target}.ckpt")
+    argv = (few_rows, *JOB, "--resume", "--checkpoint-every", 1, "--log", log, "-o", target)
+    moments, told = random.Random(0), []
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        before = checkpoint.stat().st_ino if checkpoint.exists() else None
+        with training(*argv) as process:
+            wait_for(checkpoint, process)
+            while checkpoint.stat().st_ino == before:
+                assert process.poll() is None
+            time.sleep(moments.uniform(0, 0.05))
+            process.send_signal(number)
+            told.append(process.communicate(timeout=60)[1].decode())
+        assert process.returncode in (75, -number) and not target.exists(), told[-1]
+    again = execute("rb-train", *argv)
+    assert again.status == 0, again.err
+    assert target.read_bytes() == whole.read_bytes()
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [r["epoch"] for r in records if r["event"] == "epoch"] == [1, 2, 3, 4]
+    resumed = [f"resumed at epoch {r['epoch']}, step {r['step']}" for r in records if r["event"] == "resume"]
+    found = re.findall(r"resumed at epoch \d+, step \d+", "".join([*told, again.err]))
+    assert len(found) == 3 and resumed == found
+    assert sorted(p.name for p in tmp_path.iterdir()) == [log.name, target.name]
+
+
 class Saved:
     """A job that counts its checkpoints."""
 
@@ -130,7 +160,7 @@ def test_a_checkpoint_is_due_by_steps_or_by_time(
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr("rbkit.cli._watch.time.monotonic", lambda: clock.now)
     job = Saved()
-    watch = Watch(job, every=pace(every))  # type: ignore[arg-type]
+    watch = Watch(job, every=pace(every), ranks=ALONE)  # type: ignore[arg-type]
     for step in range(1, 13):
         clock.now += 10
         watch.after_step(SimpleNamespace(step=step))  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import typer
 from rbkit.cli import _history, _io, _values
 from rbkit.cli._app import note, program
 from rbkit.cli._errors import Input, Usage, blame
-from rbkit.cli._options import NoHistory, Output, Quiet, Seed, Shard
+from rbkit.cli._options import NoClobber, NoHistory, Output, Quiet, Seed, Shard
 
 if TYPE_CHECKING:
     from rbkit.formats.dataset import DataSet
@@ -98,6 +98,7 @@ def data(
     ] = MAX_PIXELS,
     shard: Shard = None,
     output: Output = "-",
+    no_clobber: NoClobber = False,
     quiet: Quiet = False,
     no_history: NoHistory = False,
 ) -> None:
@@ -107,6 +108,7 @@ def data(
     png takes files, or - for pictures back to back on standard input; npz and idx take the arrays of other tools.
     """
     options = dict(locals())
+    _io.refuse_taken(output, no_clobber=no_clobber)
     _check_options(options)
     with blame(Input, ValueError, OSError):
         source = _open_source(options)
@@ -117,7 +119,7 @@ def data(
     meta = _meta(source, options, total=len(rows))
     if source.lossy and not quiet:
         note("rb-data", "the pictures are lossy (JPEG or WebP); recorded as such")
-    with _io.Sink(output, no_history=no_history) as sink:
+    with _io.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         _write(sink, source, rows, meta, part)
 
 

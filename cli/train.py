@@ -18,6 +18,7 @@ from rbkit.cli._options import (
     EPS_HELP,
     Device,
     MaxDocument,
+    NoClobber,
     NoHistory,
     Norm,
     Quiet,
@@ -163,6 +164,7 @@ def train(
     threads: Threads = None,
     max_document: MaxDocument = DOCUMENT_LIMIT,
     output: OutputFile = "-",
+    no_clobber: NoClobber = False,
     quiet: Quiet = False,
     no_history: NoHistory = False,
 ) -> None:
@@ -173,6 +175,8 @@ def train(
     --resume goes on to the same bytes.
     """
     options = dict(locals())
+    if not resume:
+        _io.refuse_taken(output, last, log, no_clobber=no_clobber)
     recipe, every = _recipe(options), pace(checkpoint_every)
     _io.refuse_same_file(source, output)
     _check_outputs(output, last, log)
@@ -181,8 +185,10 @@ def train(
     training, held_out = _held_out(options, data, place)
     options["val"] = val if _is_share(val) else None
     job = _checkpoint.Job(options, recipe, data, path=None if output == "-" else f"{output}.ckpt")
-    if resume and _finished(output, job):
-        return
+    if resume:  # a finished run replaces nothing, and its log is the one that goes on
+        if _finished(output, job):
+            return
+        _io.refuse_taken(output, last, no_clobber=no_clobber)
     state = _begin(options, recipe, data, meta, place, resume, job)
     _run(options, state, training, held_out, recipe, Watch(job, every=every))
     _write(options, recipe, state, meta, data, job)
@@ -396,7 +402,7 @@ def _write(
     if options["last"] is not None:
         outputs.append((options["last"], net.state_dict(), state.epoch))
     for path, weights, epoch in reversed(outputs):
-        with _io.Sink(path, no_history=options["no_history"]) as sink:
+        with _io.Sink(path, no_history=options["no_history"], no_clobber=options["no_clobber"]) as sink:
             arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in weights.items()}
             sink.write(arrays, {**described, "epoch": epoch}, last=True)
     if options["log"] is not None:

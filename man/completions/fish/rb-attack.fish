@@ -22,6 +22,7 @@ complete -c rb-attack -l device -x -a 'auto cpu cuda' -d 'auto, cpu, cuda or cud
 complete -c rb-attack -l threads -x -d 'CPU threads; default: what affinity and quota allow.'
 complete -c rb-attack -l max-document -x -d 'Refuse documents larger than this.'
 complete -c rb-attack -s o -l output -r -d 'Where to write: .safetensors (one document), .rbs (a stream), .png or a folder/ (pictures); - is standard output.'
+complete -c rb-attack -l no-clobber -d 'Refuse outputs that are already there; the default is to replace them.'
 complete -c rb-attack -s q -l quiet -d 'No progress and no notes on standard error.'
 complete -c rb-attack -l no-history -d 'Leave the history out of the output.'
 complete -c rb-attack -l version -d 'Show the version and exit.'

@@ -23,6 +23,7 @@ complete -c rb-invert -l device -x -a 'auto cpu cuda' -d 'auto, cpu, cuda or cud
 complete -c rb-invert -l threads -x -d 'CPU threads; default: what affinity and quota allow.'
 complete -c rb-invert -l max-document -x -d 'Refuse documents larger than this.'
 complete -c rb-invert -s o -l output -r -d 'Where to write: .safetensors (one document), .rbs (a stream), .png or a folder/ (pictures); - is standard output.'
+complete -c rb-invert -l no-clobber -d 'Refuse outputs that are already there; the default is to replace them.'
 complete -c rb-invert -s q -l quiet -d 'No progress and no notes on standard error.'
 complete -c rb-invert -l no-history -d 'Leave the history out of the output.'
 complete -c rb-invert -l version -d 'Show the version and exit.'

@@ -13,6 +13,7 @@ from rbkit.cli import _history, _io, _values
 from rbkit.cli._app import note, program
 from rbkit.cli._errors import Input, Usage, blame
 from rbkit.cli._options import NoClobber, NoHistory, Output, Quiet, Seed, Shard
+from rbkit.cli._progress import Progress
 
 if TYPE_CHECKING:
     from rbkit.formats.dataset import DataSet
@@ -310,12 +311,14 @@ def _write(sink: _io.Sink, source: DataSet, rows: Any, meta: dict[str, Any], sha
     from rbkit.tools.sample import shard_range
 
     begin, end = (0, len(rows)) if shard is None else shard_range(len(rows), *shard)
+    progress = Progress("rb-data", total=end - begin, unit="rows", quiet=True)  # counted for those who ask
     for start in range(begin, max(end, begin + 1), ROWS):
         stop = min(start + ROWS, end)
         with blame(Input, ValueError, OSError):
             arrays = source.fetch(rows[start:stop])
         arrays["id"] = source.ids[rows[start:stop]]
         sink.write(arrays, {**meta, "first": start}, last=stop == end)
+        progress.advance(stop - start)
 
 
 main = program("rb-data", data)

@@ -11,6 +11,7 @@ from rbkit.cli import _io
 from rbkit.cli._app import note, program
 from rbkit.cli._errors import CheckFailed, Failure, Input, Usage, blame
 from rbkit.cli._options import DOCUMENT_LIMIT, Json, MaxDocument, NoClobber, Output, Sources
+from rbkit.cli._rows import watched
 from rbkit.formats.errors import FormatError, printable
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def _is_whole(name: str, max_document: int) -> bool:
     checker = RowChecker()
     try:
         with blame(Input, FormatError, OSError):
-            for chunk in _io.reader(name, max_document=max_document):
+            reader = _io.reader(name, max_document=max_document)
+            for chunk in watched(reader, tool="rb-info", quiet=True, unit="rows"):
                 if chunk.meta["kind"] in ("images", "adversarial", "attributions", "inversions"):
                     checker(chunk)
     except Failure as failure:
@@ -100,7 +102,7 @@ def _finite(value: Any) -> Any:
 def _summaries(name: str, max_document: int) -> list[_Summary]:
     found: list[_Summary] = []
     begin = True
-    for chunk in _io.chunks(name, max_document=max_document):
+    for chunk in watched(_io.chunks(name, max_document=max_document), tool="rb-info", quiet=True, unit="rows"):
         if begin:
             found.append(_Summary(chunk))
         found[-1].add(chunk)
@@ -194,7 +196,7 @@ def _join(names: list[str], output: str, max_document: int, *, no_clobber: bool)
         ordered = order_shards(parts)
     with _io.Sink(output, no_clobber=no_clobber) as sink:
         for name in ordered:
-            for chunk in _io.chunks(name, max_document=max_document):
+            for chunk in watched(_io.chunks(name, max_document=max_document), tool="rb-info", quiet=True, unit="rows"):
                 sink.write(chunk.arrays, chunk.meta, last=chunk.last)
 
 

@@ -154,7 +154,7 @@ def invert(
     )
     evaluation = subject.evaluation(block)
     stream = checked(_io.chunks(source, shard=part, max_document=max_document), subject)
-    rows = watched(stream, tool="rb-invert", options=options)
+    rows = watched(stream, tool="rb-invert", quiet=quiet, shard=shard)
     with _io.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         if mode == "feature":
             arrays, meta = _excite(options, spec, evaluation, side, list(rows))

@@ -176,7 +176,7 @@ def saliency(
     stream = _io.chunks(source, shard=part, max_document=max_document)
     with _io.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         evaluation, missed = subject.evaluation(block), 0
-        for chunk in watched(checked(stream, subject), tool="rb-saliency", options=options):
+        for chunk in watched(checked(stream, subject), tool="rb-saliency", quiet=quiet, shard=shard):
             arrays, explained_of, above = _explain_chunk(options, spec, evaluation, reference, chunk)
             missed += above
             sink.write(arrays, _meta(chunk, spec, options, subject, explained_of, entry), last=chunk.last)

@@ -356,10 +356,9 @@ def _run(
         watch.after_step(state)
 
     with (
-        Progress("rb-train", total=total, unit="steps", quiet=options["quiet"]) as progress,
+        Progress("rb-train", total=total, unit="steps", quiet=options["quiet"], done=state.step) as progress,
         blame(Numbers, NumericError),
     ):
-        progress.advance(state.step)
         for record in fit(state, training, held_out, recipe, tick=tick):
             progress.advance(0, note=_summary(record))
             watch.save(state)
@@ -411,7 +410,7 @@ def _write(
         job.remove()
 
 
-main = program("rb-train", train, alone=True)
+main = program("rb-train", train, alone=True, answers=False)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,6 +12,7 @@ from rbkit.cli import _io
 from rbkit.cli._app import program
 from rbkit.cli._errors import Input, Usage, blame
 from rbkit.cli._options import DOCUMENT_LIMIT, MaxDocument, NoClobber, Output, Quiet, Sources
+from rbkit.cli._rows import watched
 from rbkit.formats.errors import FormatError
 
 
@@ -57,7 +58,7 @@ def view(
         writer = PictureWriter(output, rows=rows, no_clobber=no_clobber)
     for name in names:
         checker = RowChecker()
-        for chunk in _io.chunks(name, max_document=max_document):
+        for chunk in watched(_io.chunks(name, max_document=max_document), tool="rb-view", quiet=True, unit="rows"):
             if chunk.meta["kind"] not in ("model", "checkpoint", "scores"):
                 with blame(Input, FormatError):
                     chunk = checker(chunk)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -120,7 +121,7 @@ def test_results_leave_before_more_input_comes(model_file: Path) -> None:
     assert len(parts) >= 2
     tool = subprocess.Popen(
         [BIN / "rb-attack", "-m", model_file, "--steps", "1", "-q"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env=environment(),
+        stderr=subprocess.PIPE, env=environment(),
     )  # fmt: skip
     assert tool.stdin is not None and tool.stdout is not None
     tool.stdin.write(parts[0])
@@ -130,8 +131,10 @@ def test_results_leave_before_more_input_comes(model_file: Path) -> None:
     assert tool.poll() is None
     first = os.read(tool.stdout.fileno(), 1 << 16)
     assert b'"adversarial"' in first
-    rest, _ = tool.communicate(b"".join(parts[1:]))
+    tool.send_signal(signal.SIGUSR1)  # a question, which ends nothing
+    rest, err = tool.communicate(b"".join(parts[1:]))
     assert tool.returncode == 0
+    assert err.startswith(b"rb-attack: ") and b" images in " in err and err.count(b"\n") == 1, err
     assert execute("rb-info", "--check", stdin=first + rest).status == 0
 
 

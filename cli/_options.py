@@ -68,7 +68,7 @@ Shard = Annotated[
     typer.Option(
         "--shard",
         metavar="K/N",
-        help="Only the K-th of N contiguous parts of the whole input (from 1).",
+        help="Only the K-th of N contiguous parts of the whole input (from 1); slurm or slurm/N: by the array task.",
         show_default=False,
     ),
 ]

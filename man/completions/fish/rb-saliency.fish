@@ -21,7 +21,7 @@ complete -c rb-saliency -l signed -d 'grad-cam: keep negative values, which the 
 complete -c rb-saliency -l seed -x -d 'Seed of every random number.'
 complete -c rb-saliency -l block -x -d 'Rows computed at a time, a multiple of 32; recorded, as it moves last bits.'
 complete -c rb-saliency -l arch -x -d 'Leave to import and run this factory, which the model file must name too; may be repeated.'
-complete -c rb-saliency -l shard -x -d 'Only the K-th of N contiguous parts of the whole input (from 1).'
+complete -c rb-saliency -l shard -x -d 'Only the K-th of N contiguous parts of the whole input (from 1); slurm or slurm/N: by the array task.'
 complete -c rb-saliency -l device -x -a 'auto cpu cuda' -d 'auto, cpu, cuda or cuda:N; auto takes a GPU where there is one.'
 complete -c rb-saliency -l threads -x -d 'CPU threads; default: what affinity and quota allow.'
 complete -c rb-saliency -l max-document -x -d 'Refuse documents larger than this.'

@@ -13,8 +13,12 @@ from typing import Any
 
 import typer
 
-from rbkit.cli import __version__
-from rbkit.cli._errors import Failure, Terminated, reason
+from rbkit.cli import __version__, _log
+from rbkit.cli._errors import Failure, Output, Terminated, reason
+from rbkit.cli._log import note
+from rbkit.cli._progress import Heart, answer_signals
+
+__all__ = ["command_of", "note", "program"]
 
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF, errno.EIO)
 TRAPPED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # not KeyboardInterrupt: typer would end it with status 0
@@ -47,25 +51,37 @@ def _version_option(name: str) -> Any:
     return option
 
 
-def program(name: str, function: Callable[..., Any], *, alone: bool = False) -> Callable[[], None]:
+def program(
+    name: str, function: Callable[..., Any], *, alone: bool = False, answers: bool = True
+) -> Callable[[], None]:
     """The entry point of a console script: runs `function` and ends the process with the right status.
 
     alone: whether it works only once its input has ended, so that no neighbour in a pipe computes at the same time.
+    answers: whether SIGUSR1 and SIGUSR2 ask for a status line; to rb-train they mean something else.
     """
 
     def main() -> None:
         _own_descriptors()
         _share_cpus(alone=alone)
         _trap()
-        status = 1
+        if answers:
+            answer_signals(name)
+        _log.catch_warnings(name)
+        heart = Heart(name)
+        heart.start()
+        status, why, killer = 1, None, None
         try:
-            status = _run(name, function)
+            status, why = _run(name, function)
         except Terminated as stop:
-            _die(stop.signum)
+            killer = stop.signum
         except KeyboardInterrupt:
-            _die(signal.SIGINT)
+            killer = signal.SIGINT
         except BrokenPipeError:
-            _die(signal.SIGPIPE)
+            killer = signal.SIGPIPE
+        heart.stop()
+        if killer is not None:
+            _die(name, killer)
+        _log.end(name, status, why)
         # Skip the interpreter's own flush at exit: all is written or reported, and a closed pipe would print a message.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -90,13 +106,16 @@ def _share_cpus(*, alone: bool) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _run(name: str, function: Callable[..., Any]) -> int:
+Ending = tuple[int, str | None]  # the status, and why it is not 0
+
+
+def _run(name: str, function: Callable[..., Any]) -> Ending:
     try:
         status = command_of(name, function)(args=_arguments(), prog_name=name, standalone_mode=False)
         _flush_stdout()
-        return status if isinstance(status, int) else 0
+        return status if isinstance(status, int) else 0, None
     except Failure as failure:
-        return _report(name, failure, failure.status)
+        return _failed(name, failure, failure.status)
     except (BrokenPipeError, KeyboardInterrupt, Terminated):
         raise
     except SystemExit as end:
@@ -104,7 +123,7 @@ def _run(name: str, function: Callable[..., Any]) -> int:
             raise end.__context__ from None
         raise
     except MemoryError:
-        return _report(name, MemoryError("out of memory; try a smaller --block or fewer rows"), 6)
+        return _failed(name, MemoryError("out of memory; try a smaller --block or fewer rows"), 6)
     except Exception as error:
         return _other(name, error)
 
@@ -114,23 +133,23 @@ def _arguments() -> list[str]:
     return sys.argv[1:]
 
 
-def _other(name: str, error: Exception) -> int:
+def _other(name: str, error: Exception) -> Ending:
     if type(error).__name__ in ("OutOfMemoryError",) or "not enough memory" in str(error):
-        return _report(name, RuntimeError("out of memory on the device; try a smaller --block"), 6)
+        return _failed(name, RuntimeError("out of memory on the device; try a smaller --block"), 6)
     if isinstance(error, RuntimeError) and "does not require grad" in str(error):
         text = "the model's output has no gradient by its input (detached, or rounded on the way); try rb-score --flags"
-        return _report(name, RuntimeError(text), 3, error)
+        return _failed(name, RuntimeError(text), 3, error)
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):
         if _follows():
-            return int(error.exit_code)
+            return int(error.exit_code), None
         hint = f"; try '{name} --help'" if error.exit_code == 2 else ""
         text = error.format_message().rstrip(".") + hint
-        return _report(name, RuntimeError(text), 2)
+        return _failed(name, RuntimeError(text), 2)
     if isinstance(error, OSError) and error.errno in UNWRITTEN and error.filename is None:  # --help > /dev/full
-        return _report(name, OSError(f"standard output: write error: {error.strerror}"), 4)
+        return _failed(name, OSError(f"standard output: write error: {error.strerror}"), 4)
     if type(error).__name__ in ("Exit", "Abort"):
-        return int(getattr(error, "exit_code", 1))
-    return _report(
+        return int(getattr(error, "exit_code", 1)), None
+    return _failed(
         name, RuntimeError(f"internal error: {type(error).__name__}: {reason(error)}; RB_DEBUG=1 shows where"), 1, error
     )
 
@@ -140,34 +159,19 @@ def _follows() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
-def _report(name: str, error: BaseException, status: int, cause: BaseException | None = None) -> int:
+def _failed(name: str, error: BaseException, status: int, cause: BaseException | None = None) -> Ending:
     if os.environ.get("RB_DEBUG"):
         import traceback
 
-        traceback.print_exception(cause or error)
-    note(name, reason(error))
-    return status
-
-
-def note(name: str, text: str) -> None:
-    """One line on stderr; a stderr that is closed or full changes nothing."""
-    with contextlib.suppress(OSError, ValueError):
-        safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in f"{name}: {text}")
-        print(
-            safe.encode("utf-8", "backslashreplace").decode("ascii", "backslashreplace") if _ascii() else safe,
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
-
-
-def _ascii() -> bool:
-    encoding = getattr(sys.stderr, "encoding", None) or "ascii"
-    return encoding.lower().replace("-", "") not in ("utf8", "utf16", "utf32")
+        for line in "".join(traceback.format_exception(cause or error)).splitlines():
+            if _log.as_json():
+                _log.emit(name, "traceback", level="error", text=line)
+            else:
+                _log.write(line)
+    return status, reason(error)
 
 
 def _flush_stdout() -> None:
-    from rbkit.cli._errors import Output
-
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -202,12 +206,14 @@ def _trap() -> None:
             signal.signal(signum, stop)
 
 
-def _die(signum: int) -> None:
+def _die(name: str, signum: int) -> None:
     """Really die by the signal, so that shells, make and schedulers see it; half-written outputs go."""
     if "rbkit.formats.atomic" in sys.modules:
         sys.modules["rbkit.formats.atomic"].forget_unfinished()
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
+    if _log.as_json():
+        _log.end(name, 128 + signum, signal.Signals(signum).name)
     signal.signal(signum, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signum])
     os.kill(os.getpid(), signum)

@@ -130,6 +130,21 @@ def refuse_same_file(source: str, output: str) -> None:
         raise Usage(f"{output}: input and output are the same file")
 
 
+def refuse_taken(*outputs: str | None, no_clobber: bool) -> None:
+    """Where asked to, refuse outputs that are there, before the work: files, and folders that hold something.
+
+    A file that appears meanwhile is refused in the end, by `Sink` and `write_file`.
+    """
+    for output in outputs if no_clobber else ():
+        if output not in (None, "-") and _is_taken(Path(output)):
+            raise Output(f"{output}: is already there; leave out --no-clobber to replace it")
+
+
+def _is_taken(path: Path) -> bool:
+    with blame(Output, OSError):
+        return any(path.iterdir()) if path.is_dir() else path.is_file()
+
+
 class Sink:
     """The output of a command: a document, a stream or pictures, to a file or standard output.
 
@@ -137,8 +152,8 @@ class Sink:
     forgotten. Raises Usage for binary to a terminal and Output for what cannot be written.
     """
 
-    def __init__(self, output: str, *, no_history: bool = False) -> None:
-        self.output, self.no_history = output, no_history
+    def __init__(self, output: str, *, no_history: bool = False, no_clobber: bool = False) -> None:
+        self.output, self.no_history, self.no_clobber = output, no_history, no_clobber
         self.atomic: Any = None
         self.writer: Writer
         with blame(Output, OSError, prefix=""):
@@ -153,8 +168,8 @@ class Sink:
         if self.output.endswith("/") or self.output.lower().endswith(".png"):
             from rbkit.cli._pictures import PictureWriter
 
-            return PictureWriter(self.output)
-        self.atomic = AtomicFile(self.output)
+            return PictureWriter(self.output, no_clobber=self.no_clobber)
+        self.atomic = AtomicFile(self.output, replace=not self.no_clobber)
         streamed = self.atomic.in_place or self.output.endswith(".rbs")
         if streamed:
             return StreamWriter(self.atomic.file)
@@ -264,7 +279,7 @@ def print_line(text: str) -> None:
     write_stdout(text.encode("utf-8", "surrogateescape") + b"\n")
 
 
-def write_file(output: str, content: bytes) -> None:
+def write_file(output: str, content: bytes, *, no_clobber: bool = False) -> None:
     """Bytes to a path (atomically) or to standard output (`-`)."""
     from rbkit.formats.atomic import write_atomically
 
@@ -272,7 +287,20 @@ def write_file(output: str, content: bytes) -> None:
         write_stdout(content)
         return
     with blame(Output, OSError):
-        write_atomically(output, content)
+        write_atomically(output, content, replace=not no_clobber)
+
+
+class Folder:
+    """A folder of figures, made with the first of them."""
+
+    def __init__(self, path: str, *, no_clobber: bool) -> None:
+        self.path, self.no_clobber = Path(path), no_clobber
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put a file there. Raises: Output."""
+        with blame(Output, OSError):
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_file(str(self.path / name), content, no_clobber=self.no_clobber)
 
 
 def guarded(step: Callable[[], Any], *, kind: type[Failure] = Usage) -> Any:

@@ -58,7 +58,9 @@ class Judge:
         stream = _io.chunks(
             source, shard=_values.shard(self.options["shard"]), max_document=self.options["max_document"]
         )
-        for chunk in watched(self._images(stream), tool="rb-score", options=self.options):
+        for chunk in watched(
+            self._images(stream), tool="rb-score", quiet=self.options["quiet"], shard=self.options["shard"]
+        ):
             for model, evaluation in self.subjects:
                 check_input(model, chunk.arrays["image"].shape[1:], place=chunk.place)
                 self._judge(chunk, model, evaluation)

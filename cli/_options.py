@@ -5,6 +5,7 @@ ModelFile, ArchName         the model, and leave to run its code     attack, sal
 Seed, Block, Shard          what and how much is computed            all that compute
 Device, Threads             where it is computed                     all that compute
 Quiet, NoHistory            what is said and recorded                all
+NoClobber                   whether outputs may be replaced          all that write files
 MaxDocument                 safety limit of readers                  all that read
 
 UNRECORDED names the options that do not reach an output's history, because equal inputs must give equal bytes
@@ -20,7 +21,7 @@ import typer
 UNRECORDED = {
     "source", "sources", "output", "model", "models", "arch", "shard", "device", "threads", "quiet", "no_history",
     "max_document", "max_pixels", "download", "json_", "root", "paths", "last", "log", "resume", "init",
-    "checkpoint_every",
+    "checkpoint_every", "no_clobber",
 }  # fmt: skip
 
 Source = Annotated[str, typer.Argument(metavar="[FILE]", help="Input stream; - is standard input.", show_default=False)]
@@ -67,7 +68,7 @@ Shard = Annotated[
     typer.Option(
         "--shard",
         metavar="K/N",
-        help="Only the K-th of N contiguous parts of the whole input (from 1).",
+        help="Only the K-th of N contiguous parts of the whole input (from 1); slurm or slurm/N: by the array task.",
         show_default=False,
     ),
 ]
@@ -84,6 +85,9 @@ Threads = Annotated[
 ]  # fmt: skip
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on standard error.")]
 NoHistory = Annotated[bool, typer.Option("--no-history", help="Leave the history out of the output.")]
+NoClobber = Annotated[
+    bool, typer.Option("--no-clobber", help="Refuse outputs that are already there; the default is to replace them.")
+]
 MaxDocument = Annotated[
     int, typer.Option("--max-document", metavar="BYTES", min=1, help="Refuse documents larger than this.")
 ]

@@ -20,8 +20,8 @@ SHEET_ROWS = 24
 class PictureWriter:
     """A writer of streams that draws them. `rows`: the most rows of a sheet."""
 
-    def __init__(self, output: str, *, rows: int = SHEET_ROWS) -> None:
-        self.output, self.limit = output, rows
+    def __init__(self, output: str, *, rows: int = SHEET_ROWS, no_clobber: bool = False) -> None:
+        self.output, self.limit, self.no_clobber = output, rows, no_clobber
         self.kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.streams: list[int] = []
         self.seen = 0
@@ -50,7 +50,8 @@ class PictureWriter:
     def close(self) -> None:
         """Write the sheet."""
         if self.output.lower().endswith(".png"):
-            _io.write_file(self.output, png.encode(self._sheet(), text=_text(self.kept[0][1] if self.kept else {})))
+            raw = png.encode(self._sheet(), text=_text(self.kept[0][1] if self.kept else {}))
+            _io.write_file(self.output, raw, no_clobber=self.no_clobber)
 
     def _single(self, one: dict[str, Any], meta: Mapping[str, Any]) -> None:
         raw = picture(one, meta)
@@ -60,7 +61,7 @@ class PictureWriter:
         with blame(Output, OSError):
             target = Path(self.output) / f"{file_stem(one, self.seen - 1)}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
-        _io.write_file(str(target), raw)
+        _io.write_file(str(target), raw, no_clobber=self.no_clobber)
 
     def _sheet(self) -> np.ndarray:
         """Streams side by side, rows paired by id."""

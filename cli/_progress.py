@@ -1,15 +1,24 @@
-"""Progress on stderr: a bar on a terminal, at most one plain line a minute elsewhere, nothing with --quiet."""
+"""How far a command is, on stderr: a bar on a terminal, at most one plain line a minute elsewhere, nothing with --quiet.
+
+Whoever sends SIGUSR1 or SIGUSR2 gets a line in any case; programs (RB_LOG=json) get a heartbeat every minute instead.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
-INTERVAL = 60.0  # seconds between plain lines
+from rbkit.cli import _log
+
+INTERVAL = 60.0  # seconds between plain lines, and between heartbeats
+ASKING = (signal.SIGUSR1, signal.SIGUSR2)
+BEGUN = time.monotonic()
 
 
 def _terminal() -> bool:
@@ -20,13 +29,18 @@ def _terminal() -> bool:
 
 
 class Progress:
-    """Counts `unit`s of work up to `total` (None: unknown)."""
+    """Counts `unit`s of work from `done` up to `total` (None: unknown)."""
 
-    def __init__(self, tool: str, *, total: int | None, unit: str, quiet: bool) -> None:
+    current: ClassVar[Progress | None] = None  # the work that a status line tells of
+
+    def __init__(self, tool: str, *, total: int | None, unit: str, quiet: bool, done: int = 0) -> None:
         self.tool, self.total, self.unit = tool, total, unit
-        self.done, self.said = 0, time.monotonic()
-        self.plain = not quiet and not _terminal()
-        self.bar: Any = None if quiet or self.plain else self._bar()
+        self.done, self.before = done, done
+        self.begun = self.said = time.monotonic()
+        silent = quiet or _log.as_json()
+        self.plain = not silent and not _terminal()
+        self.bar: Any = None if silent or self.plain else self._bar()
+        Progress.current = self
 
     def _bar(self) -> Any:
         from rich.console import Console
@@ -41,7 +55,7 @@ class Progress:
             TextColumn("{task.fields[note]}"),
         )
         bar = Bar(*columns, console=Console(stderr=True), transient=True)
-        self.task = bar.add_task(self.tool, total=self.total, note="")
+        self.task = bar.add_task(self.tool, total=self.total, completed=self.done, note="")
         return bar
 
     def expect(self, total: object) -> None:
@@ -58,9 +72,20 @@ class Progress:
             self.bar.update(self.task, advance=count, **({"note": note} if note else {}))
         elif self.plain and time.monotonic() - self.said >= INTERVAL:
             self.said = time.monotonic()
-            of = "" if self.total is None else f" of {self.total}"
             with contextlib.suppress(OSError, ValueError):
-                print(f"{self.tool}: {self.done}{of} {self.unit} {note}".rstrip(), file=sys.stderr, flush=True)
+                print(f"{self.tool}: {self.count()} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def count(self) -> str:
+        """`17 of 40 images`."""
+        of = "" if self.total is None else f" of {self.total}"
+        return f"{self.done}{of} {self.unit}"
+
+    def state(self) -> dict[str, Any]:
+        """What is done, of how much, in how many seconds, and how much of it per second."""
+        seconds = time.monotonic() - self.begun
+        rate = (self.done - self.before) / max(seconds, 1e-6)
+        known = {} if self.total is None else {"total": self.total}
+        return {"done": self.done, **known, "unit": self.unit, "seconds": round(seconds, 3), "rate": round(rate, 3)}
 
     def __enter__(self) -> Progress:
         if self.bar is not None:
@@ -72,3 +97,51 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+def _state() -> dict[str, Any]:
+    if Progress.current is not None:
+        return Progress.current.state()
+    return {"seconds": round(time.monotonic() - BEGUN, 3)}
+
+
+def answer_signals(tool: str) -> None:
+    """From now on SIGUSR1 and SIGUSR2 ask for a status line, unless they were ignored at the start."""
+
+    def answer(*_: object) -> None:
+        found = _state()
+        if _log.as_json():
+            _log.emit(tool, "status", **found)
+        elif Progress.current is None:
+            _log.write(f"{tool}: at work for {found['seconds']:.1f} s")
+        else:
+            text = f"{Progress.current.count()} in {found['seconds']:.1f} s, {found['rate']:.1f} per second"
+            _log.write(f"{tool}: {text}")
+
+    for signum in ASKING:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, answer)
+
+
+class Heart:
+    """An event every minute for programs that read along, from a thread of its own: a job that hangs counts no further."""
+
+    def __init__(self, tool: str) -> None:
+        self.tool = tool
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+
+    def start(self) -> None:
+        """Begin to beat, where programs read along."""
+        if _log.as_json():
+            self.thread.start()
+
+    def stop(self) -> None:
+        """Beat no more: what follows is the last event."""
+        self.over.set()
+        if self.thread.is_alive():
+            self.thread.join(1)
+
+    def _beat(self) -> None:
+        while not self.over.wait(INTERVAL):
+            _log.emit(self.tool, "heartbeat", **_state())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rbkit.cli import _io
 from rbkit.cli._compute import Model, to_tensor
@@ -38,12 +38,14 @@ def checked(stream: Iterable[Chunk], model: Model | None) -> Iterator[Chunk]:
         yield chunk
 
 
-def watched(stream: Iterable[Chunk], *, tool: str, options: dict[str, Any]) -> Iterator[Chunk]:
+def watched(
+    stream: Iterable[Chunk], *, tool: str, quiet: bool, shard: str | None = None, unit: str = "images"
+) -> Iterator[Chunk]:
     """The chunks, with a progress bar that moves on once the caller is done with each."""
-    with Progress(tool, total=None, unit="images", quiet=options["quiet"]) as progress:
+    with Progress(tool, total=None, unit=unit, quiet=quiet) as progress:
         for chunk in stream:
+            progress.expect(None if shard else chunk.meta.get("total"))
             yield chunk
-            progress.expect(None if options["shard"] else chunk.meta.get("total"))
             progress.advance(chunk.count)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -33,13 +34,25 @@ def choice(text: str, allowed: Sequence[str], *, option: str) -> str:
 
 
 def shard(text: str | None) -> tuple[int, int] | None:
-    """K/N with 1 <= K <= N."""
+    """K/N with 1 <= K <= N; `slurm/N` takes K, and `slurm` both, from the task of a Slurm array."""
     if text is None:
         return None
-    left, slash, right = text.partition("/")
+    left, slash, right = (_of_slurm(text) if text.startswith("slurm") else text).partition("/")
     if not (slash and left.isdecimal() and right.isdecimal() and 1 <= int(left) <= int(right)):
         raise Usage(f"--shard: got {text!r}, expected K/N with 1 <= K <= N, such as 1/4")
     return int(left), int(right)
+
+
+def _of_slurm(text: str) -> str:
+    """K/N for the array task that this is. An array of some shards alone does not tell how many there are."""
+    task, low, high, count = (os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "MIN", "MAX", "COUNT"))
+    if not task:
+        raise Usage(f"--shard {text}: no SLURM_ARRAY_TASK_ID here, expected a task of sbatch --array=1-N")
+    if text != "slurm":
+        return f"{task}{text.removeprefix('slurm')}"
+    if low != "1" or high != count:
+        raise Usage(f"--shard slurm: an array of {count} tasks from {low} to {high}, expected 1-N; try --shard slurm/N")
+    return f"{task}/{count}"
 
 
 def size(text: str, *, option: str) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from rbkit.cli._options import (
     Device,
     MaxDocument,
     ModelFile,
+    NoClobber,
     NoHistory,
     Norm,
     Output,
@@ -156,6 +157,7 @@ def attack(
     threads: Threads = None,
     max_document: MaxDocument = DOCUMENT_LIMIT,
     output: Output = "-",
+    no_clobber: NoClobber = False,
     quiet: Quiet = False,
     no_history: NoHistory = False,
 ) -> None:
@@ -165,13 +167,14 @@ def attack(
     misclassifies are returned as they are and count as broken. Without labels the prediction stands in.
     """
     options = dict(locals())
+    _io.refuse_taken(output, no_clobber=no_clobber)
     radii = _radii(options)
     _io.refuse_same_file(source, output)
     part = _values.shard(shard)
     place = set_up(device, threads)
     victim = load_model(model, archs=arch, device=place)
     maker = None if surrogate is None else _surrogate(surrogate, victim, archs=arch, device=place)
-    with _io.Sink(output, no_history=no_history) as sink:
+    with _io.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         if len(radii) > 1 and not sink.many:
             raise Usage(
                 f"{len(radii)} radii give {len(radii)} streams; write them to a name ending in .rbs, or to a pipe"

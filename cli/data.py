@@ -12,7 +12,8 @@ import typer
 from rbkit.cli import _history, _io, _values
 from rbkit.cli._app import note, program
 from rbkit.cli._errors import Input, Usage, blame
-from rbkit.cli._options import NoHistory, Output, Quiet, Seed, Shard
+from rbkit.cli._options import NoClobber, NoHistory, Output, Quiet, Seed, Shard
+from rbkit.cli._progress import Progress
 
 if TYPE_CHECKING:
     from rbkit.formats.dataset import DataSet
@@ -98,6 +99,7 @@ def data(
     ] = MAX_PIXELS,
     shard: Shard = None,
     output: Output = "-",
+    no_clobber: NoClobber = False,
     quiet: Quiet = False,
     no_history: NoHistory = False,
 ) -> None:
@@ -107,6 +109,7 @@ def data(
     png takes files, or - for pictures back to back on standard input; npz and idx take the arrays of other tools.
     """
     options = dict(locals())
+    _io.refuse_taken(output, no_clobber=no_clobber)
     _check_options(options)
     with blame(Input, ValueError, OSError):
         source = _open_source(options)
@@ -117,7 +120,7 @@ def data(
     meta = _meta(source, options, total=len(rows))
     if source.lossy and not quiet:
         note("rb-data", "the pictures are lossy (JPEG or WebP); recorded as such")
-    with _io.Sink(output, no_history=no_history) as sink:
+    with _io.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         _write(sink, source, rows, meta, part)
 
 
@@ -308,12 +311,14 @@ def _write(sink: _io.Sink, source: DataSet, rows: Any, meta: dict[str, Any], sha
     from rbkit.tools.sample import shard_range
 
     begin, end = (0, len(rows)) if shard is None else shard_range(len(rows), *shard)
+    progress = Progress("rb-data", total=end - begin, unit="rows", quiet=True)  # counted for those who ask
     for start in range(begin, max(end, begin + 1), ROWS):
         stop = min(start + ROWS, end)
         with blame(Input, ValueError, OSError):
             arrays = source.fetch(rows[start:stop])
         arrays["id"] = source.ids[rows[start:stop]]
         sink.write(arrays, {**meta, "first": start}, last=stop == end)
+        progress.advance(stop - start)
 
 
 main = program("rb-data", data)

@@ -10,7 +10,8 @@ import typer
 from rbkit.cli import _io
 from rbkit.cli._app import note, program
 from rbkit.cli._errors import CheckFailed, Failure, Input, Usage, blame
-from rbkit.cli._options import DOCUMENT_LIMIT, Json, MaxDocument, Output, Sources
+from rbkit.cli._options import DOCUMENT_LIMIT, Json, MaxDocument, NoClobber, Output, Sources
+from rbkit.cli._rows import watched
 from rbkit.formats.errors import FormatError, printable
 
 if TYPE_CHECKING:
@@ -26,14 +27,16 @@ def info(
     replay: Annotated[bool, typer.Option("--replay", help="Print the shell lines that remake the file.")] = False,
     json_: Json = False,
     output: Output = "-",
+    no_clobber: NoClobber = False,
     max_document: MaxDocument = DOCUMENT_LIMIT,
 ) -> None:
     """Describe streams: kind, rows, tensors with shapes and ranges, metadata and history."""
     names = sources or ["-"]
+    _io.refuse_taken(output, no_clobber=no_clobber)
     if sum((check, join, replay)) > 1:
         raise Usage("--check, --join and --replay exclude each other")
     if join:
-        _join(names, output, max_document)
+        _join(names, output, max_document, no_clobber=no_clobber)
         return
     failed = 0
     for name in names:
@@ -54,7 +57,8 @@ def _is_whole(name: str, max_document: int) -> bool:
     checker = RowChecker()
     try:
         with blame(Input, FormatError, OSError):
-            for chunk in _io.reader(name, max_document=max_document):
+            reader = _io.reader(name, max_document=max_document)
+            for chunk in watched(reader, tool="rb-info", quiet=True, unit="rows"):
                 if chunk.meta["kind"] in ("images", "adversarial", "attributions", "inversions"):
                     checker(chunk)
     except Failure as failure:
@@ -98,7 +102,7 @@ def _finite(value: Any) -> Any:
 def _summaries(name: str, max_document: int) -> list[_Summary]:
     found: list[_Summary] = []
     begin = True
-    for chunk in _io.chunks(name, max_document=max_document):
+    for chunk in watched(_io.chunks(name, max_document=max_document), tool="rb-info", quiet=True, unit="rows"):
         if begin:
             found.append(_Summary(chunk))
         found[-1].add(chunk)
@@ -180,7 +184,7 @@ def _replay(name: str, max_document: int) -> None:
         _io.print_line(replay_lines(history))
 
 
-def _join(names: list[str], output: str, max_document: int) -> None:
+def _join(names: list[str], output: str, max_document: int, *, no_clobber: bool) -> None:
     """Shards, in any order of the command line, as one document; completeness is proved first."""
     from rbkit.formats.join import order_shards
 
@@ -190,9 +194,9 @@ def _join(names: list[str], output: str, max_document: int) -> None:
             for name in names
         ]
         ordered = order_shards(parts)
-    with _io.Sink(output) as sink:
+    with _io.Sink(output, no_clobber=no_clobber) as sink:
         for name in ordered:
-            for chunk in _io.chunks(name, max_document=max_document):
+            for chunk in watched(_io.chunks(name, max_document=max_document), tool="rb-info", quiet=True, unit="rows"):
                 sink.write(chunk.arrays, chunk.meta, last=chunk.last)
 
 

@@ -20,6 +20,7 @@ from rbkit.cli._options import (
     Device,
     MaxDocument,
     ModelFile,
+    NoClobber,
     NoHistory,
     Output,
     Quiet,
@@ -127,6 +128,7 @@ def invert(
     threads: Threads = None,
     max_document: MaxDocument = DOCUMENT_LIMIT,
     output: Output = "-",
+    no_clobber: NoClobber = False,
     quiet: Quiet = False,
     no_history: NoHistory = False,
 ) -> None:
@@ -136,6 +138,7 @@ def invert(
     ids of the images of the stream that excite the unit most; image is then the first of them).
     """
     options = dict(locals())
+    _io.refuse_taken(output, no_clobber=no_clobber)
     spec = _spec(options)
     _io.refuse_same_file(source, output)
     part = _values.shard(shard)
@@ -151,8 +154,8 @@ def invert(
     )
     evaluation = subject.evaluation(block)
     stream = checked(_io.chunks(source, shard=part, max_document=max_document), subject)
-    rows = watched(stream, tool="rb-invert", options=options)
-    with _io.Sink(output, no_history=no_history) as sink:
+    rows = watched(stream, tool="rb-invert", quiet=quiet, shard=shard)
+    with _io.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         if mode == "feature":
             arrays, meta = _excite(options, spec, evaluation, side, list(rows))
             sink.write(arrays, _meta(meta, spec, options, subject, entry), last=True)

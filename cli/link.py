@@ -14,8 +14,8 @@ import typer
 
 from rbkit.cli import _io, _table
 from rbkit.cli._app import note, program
-from rbkit.cli._errors import Input, Output, Usage, blame
-from rbkit.cli._options import Json, Quiet, Seed
+from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._options import Json, NoClobber, Quiet, Seed
 from rbkit.formats.errors import FormatError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def link(
             "--figures", metavar="DIR/", help="Write scatter plots and curves as PNG, SVG and PDF.", show_default=False
         ),
     ] = None,
+    no_clobber: NoClobber = False,
     seed: Seed = 0,
     json_: Json = False,
     quiet: Quiet = False,
@@ -74,6 +75,7 @@ def link(
     and a p-value corrected over the whole family; how each metric moves with the radius of training; and a verdict.
     A table on a terminal, JSON lines in a pipe.
     """
+    _io.refuse_taken(figures, no_clobber=no_clobber)
     records, named = _gather(sources or ["-"], controls or [])
     found = _population(records, named, run, incomplete=allow_incomplete)
     picked = _chosen(found, robustness)
@@ -88,7 +90,8 @@ def link(
     rows = analyse(found, picked, seed=seed)
     curves = dose_responses(found, [*picked, *(t for t in targets if t not in picked)], seed=seed)
     if figures is not None:
-        _draw(found, picked, rows, curves, Path(figures), command=_command(sources, controls, robustness))
+        folder = _io.Folder(figures, no_clobber=no_clobber)
+        _draw(found, picked, rows, curves, folder, command=_command(sources, controls, robustness))
     _table.put([about, *rows, *curves], json_=json_, table=lambda _: _show(rows, curves))
 
 
@@ -242,14 +245,12 @@ def _draw(
     picked: list[Subject],
     rows: list[dict[str, Any]],
     curves: list[dict[str, Any]],
-    folder: Path,
+    folder: _io.Folder,
     *,
     command: str,
 ) -> None:
     from rbkit.formats import figures
 
-    with blame(Output, OSError):
-        folder.mkdir(parents=True, exist_ok=True)
     subjects = {found.label(s): s for s in found.values}
     for row in (r for r in rows if r["kind"] == "verdict"):
         across, up = (found.values[subjects[row[key]]] for key in ("robustness", "of"))
@@ -258,11 +259,11 @@ def _draw(
         title = f"Pearson {_interval(row)}, partial {_interval(_partial(row))}: {row['verdict']}"
         if points:
             draw = partial(figures.scatter, points, across=row["robustness"], up=row["of"], title=title)
-            _write(folder / stem, draw, command)
+            _write(folder, stem, draw, command)
     for curve in (c for c in curves if "eps" in c):
         known = found.values[subjects[curve["of"]]]
         doses = [(record.get("train_eps") or 0.0, record) for m, record in known.items() if _dosed(found, m, curve)]
-        _write(folder / _slug("dose", curve["norm"], curve["of"]), partial(figures.dose_curve, curve, doses), command)
+        _write(folder, _slug("dose", curve["norm"], curve["of"]), partial(figures.dose_curve, curve, doses), command)
 
 
 def _partial(row: dict[str, Any]) -> dict[str, Any]:
@@ -282,9 +283,9 @@ def _slug(*parts: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)).strip("-")
 
 
-def _write(stem: Path, make: Any, command: str) -> None:
+def _write(folder: _io.Folder, stem: str, make: Any, command: str) -> None:
     for form in FORMS:
-        _io.write_file(f"{stem}.{form}", make(form=form, command=command))
+        folder.write(f"{stem}.{form}", make(form=form, command=command))
 
 
 main = program("rb-link", link)

@@ -11,7 +11,7 @@ from rbkit.cli import _history, _io, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import model_chunk, model_sha
 from rbkit.cli._errors import Input, Usage, blame
-from rbkit.cli._options import Json, NoHistory, Output
+from rbkit.cli._options import Json, NoClobber, NoHistory, Output
 from rbkit.formats.errors import FormatError, printable
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def model(
     ] = None,
     json_: Json = False,
     output: Output = "-",
+    no_clobber: NoClobber = False,
     no_history: NoHistory = False,
 ) -> None:
     """Bring in weights of others, take them out again, or show what a model file says.
@@ -68,10 +69,11 @@ def model(
     prefixes such as module., and lists what is missing or unexpected. It runs no forward pass.
     """
     options = dict(locals())
+    _io.refuse_taken(output, no_clobber=no_clobber)
     if _values.choice(action, ACTIONS, option="ACTION") == "show":
         _show(source, json_)
     elif action == "export":
-        _export(source, output)
+        _export(source, output, no_clobber=no_clobber)
     else:
         _import(options)
 
@@ -91,14 +93,14 @@ def _show(source: str, json_: bool) -> None:
             _io.print_line(f"{key}: {printable(canonical(record[key]), limit=400)}")
 
 
-def _export(source: str, output: str) -> None:
+def _export(source: str, output: str, *, no_clobber: bool) -> None:
     """The bare state dict, as a safetensors file for other libraries."""
     from rbkit.formats.document import encode
 
     chunk = model_chunk(source)
     if output == "-":
         _io.refuse_terminal()
-    _io.write_file(output, b"".join(encode(chunk.arrays, None)))
+    _io.write_file(output, b"".join(encode(chunk.arrays, None)), no_clobber=no_clobber)
 
 
 def _import(options: dict[str, Any]) -> None:
@@ -122,7 +124,7 @@ def _import(options: dict[str, Any]) -> None:
         "input": None if size is None else list(size), "mean": mean, "std": std, "recipe": {"method": "imported"},
         "first": 0, "history": [_history.entry("rb-model", {**options, "action": None, "input": options["input_"]})],
     }  # fmt: skip
-    with _io.Sink(options["output"], no_history=options["no_history"]) as sink:
+    with _io.Sink(options["output"], no_history=options["no_history"], no_clobber=options["no_clobber"]) as sink:
         sink.write({name: tensor.numpy() for name, tensor in kept.items()}, meta, last=True)
 
 

@@ -10,9 +10,9 @@ import typer
 
 from rbkit.cli import _io, _link_page, _values
 from rbkit.cli._app import program
-from rbkit.cli._errors import CheckFailed, Input, Output, Usage, blame
+from rbkit.cli._errors import CheckFailed, Input, Usage, blame
+from rbkit.cli._options import NoClobber, Quiet
 from rbkit.cli._options import Output as OutputFile
-from rbkit.cli._options import Quiet
 from rbkit.formats.errors import FormatError
 
 BARS = ("insertion", "deletion", "relevance_mass", "pointing_game", "gini", "alignment", "max_sensitivity")
@@ -66,9 +66,11 @@ def report(
         typer.Option("--figures", metavar="DIR/", help="Keep the figures as PNG, SVG and PDF too.", show_default=False),
     ] = None,
     output: OutputFile = "-",
+    no_clobber: NoClobber = False,
     quiet: Quiet = False,
 ) -> None:
     """Write one self-contained page: the answer, figures, tables with intervals, and the commands that made them."""
+    _io.refuse_taken(output, figures, no_clobber=no_clobber)
     low, _, high = clean.partition(":")
     bounds = {
         "clean": (_values.number(low, option="--clean"), _values.number(high or "1", option="--clean")),
@@ -76,10 +78,11 @@ def report(
     }
     study = _Study(sources)
     study.eps = _radius(study)
-    page = _page(study, title, bounds, figures)
+    folder = None if figures is None else _io.Folder(figures, no_clobber=no_clobber)
+    page = _page(study, title, bounds, folder)
     if output == "-" and sys.stdout.isatty():
         raise Usage("a page is too long for a terminal; use -o report.html")
-    _io.write_file(output, page)
+    _io.write_file(output, page, no_clobber=no_clobber)
     if require:
         reasons = study.failings(bounds)
         if reasons:
@@ -153,7 +156,7 @@ def _radius(study: _Study) -> float:
     return radii[len(radii) // 2] if radii else 0.0
 
 
-def _page(study: _Study, title: str, bounds: dict[str, Any], folder: str | None) -> bytes:
+def _page(study: _Study, title: str, bounds: dict[str, Any], folder: _io.Folder | None) -> bytes:
     from rbkit.formats import html
 
     parts = [html.heading("Does robust training make a classifier more interpretable?", level=1)]
@@ -169,7 +172,7 @@ def _page(study: _Study, title: str, bounds: dict[str, Any], folder: str | None)
     return html.page(f"rbkit: {title}", parts + _control_section(study) + _sheet_section(study) + _made_section(study))
 
 
-def _pair_sections(study: _Study, title: str, bounds: dict[str, Any], folder: str | None) -> list[str]:
+def _pair_sections(study: _Study, title: str, bounds: dict[str, Any], folder: _io.Folder | None) -> list[str]:
     """One standard and one robust model: the answer, accuracy and maps."""
     from rbkit.formats import html
 
@@ -224,7 +227,7 @@ def answer(study: _Study) -> str:
     )
 
 
-def _accuracy_section(study: _Study, folder: str | None) -> list[str]:
+def _accuracy_section(study: _Study, folder: _io.Folder | None) -> list[str]:
     from rbkit.formats import figures, html
 
     rows = [
@@ -270,7 +273,7 @@ def _unique(rows: list[list[str]]) -> list[list[str]]:
     return list(seen.values())
 
 
-def _figure(make: Any, name: str, folder: str | None, caption: str, command: str) -> list[str]:
+def _figure(make: Any, name: str, folder: _io.Folder | None, caption: str, command: str) -> list[str]:
     """A figure embedded as SVG and, where asked for, kept as files; nothing where there is no data for it."""
     from rbkit.formats import html
 
@@ -279,10 +282,8 @@ def _figure(make: Any, name: str, folder: str | None, caption: str, command: str
     except ValueError:
         return []
     if folder is not None:
-        with blame(Output, OSError):
-            Path(folder).mkdir(parents=True, exist_ok=True)
         for form in ("png", "svg", "pdf"):
-            _io.write_file(str(Path(folder) / f"{name}.{form}"), make(form))
+            folder.write(f"{name}.{form}", make(form))
     return [html.picture(raw, caption=caption, command=command)]
 
 
@@ -293,7 +294,7 @@ def _number(record: dict[str, Any]) -> str:
     return f"{record['value']:.3g}{interval}"
 
 
-def _map_section(study: _Study, folder: str | None) -> list[str]:
+def _map_section(study: _Study, folder: _io.Folder | None) -> list[str]:
     from rbkit.formats import figures, html
     from rbkit.tools.compare import interpretability, paired
 

@@ -20,6 +20,7 @@ from rbkit.cli._options import (
     Device,
     MaxDocument,
     ModelFile,
+    NoClobber,
     NoHistory,
     Output,
     Quiet,
@@ -151,6 +152,7 @@ def saliency(
     threads: Threads = None,
     max_document: MaxDocument = DOCUMENT_LIMIT,
     output: Output = "-",
+    no_clobber: NoClobber = False,
     quiet: Quiet = False,
     no_history: NoHistory = False,
 ) -> None:
@@ -160,6 +162,7 @@ def saliency(
     where the method has them completeness_error, output_change, steps, standard_error and block_standard_error.
     """
     options = dict(locals())
+    _io.refuse_taken(output, no_clobber=no_clobber)
     spec = _spec(options)
     _io.refuse_same_file(source, output)
     part = _values.shard(shard)
@@ -171,9 +174,9 @@ def saliency(
         "rb-saliency", {k: v for k, v in options.items() if k != "background"}, model=subject.sha, inputs=inputs
     )
     stream = _io.chunks(source, shard=part, max_document=max_document)
-    with _io.Sink(output, no_history=no_history) as sink:
+    with _io.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         evaluation, missed = subject.evaluation(block), 0
-        for chunk in watched(checked(stream, subject), tool="rb-saliency", options=options):
+        for chunk in watched(checked(stream, subject), tool="rb-saliency", quiet=quiet, shard=shard):
             arrays, explained_of, above = _explain_chunk(options, spec, evaluation, reference, chunk)
             missed += above
             sink.write(arrays, _meta(chunk, spec, options, subject, explained_of, entry), last=chunk.last)

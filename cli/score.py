@@ -21,6 +21,7 @@ from rbkit.cli._options import (
     Json,
     MaxDocument,
     ModelFiles,
+    NoClobber,
     NoHistory,
     Quiet,
     Shard,
@@ -104,6 +105,7 @@ def score(
             show_default=False,
         ),
     ] = None,
+    no_clobber: NoClobber = False,
     quiet: Quiet = False,
     no_history: NoHistory = False,
 ) -> None:
@@ -113,6 +115,7 @@ def score(
     from the stored bytes. Streams of one model, attack and parameters are pooled; an input of scores needs no model.
     """
     options = dict(locals())
+    _io.refuse_taken(output, no_clobber=no_clobber)
     _values.choice(reduce, ("auto", "signed", "abs"), option="--reduce")
     _values.block(block)
     gates = _gates.parse(expect)
@@ -181,7 +184,7 @@ def _keep(run: Judge, options: dict[str, Any]) -> None:
     entry = _history.entry(
         "rb-score", {k: v for k, v in options.items() if k not in ("judge", "background", "expect", "flags")}
     )
-    with _io.Sink(options["output"], no_history=options["no_history"]) as sink:
+    with _io.Sink(options["output"], no_history=options["no_history"], no_clobber=options["no_clobber"]) as sink:
         for pool in run.pools.pools.values():
             ids, columns = pool.joined()
             totals = [t for t in pool.totals.values() if t is not None]

@@ -17,6 +17,7 @@ from rbkit.cli._options import (
     EPS_HELP,
     Device,
     MaxDocument,
+    NoClobber,
     NoHistory,
     Norm,
     Quiet,
@@ -177,6 +178,7 @@ def train(
     threads: Threads = None,
     max_document: MaxDocument = DOCUMENT_LIMIT,
     output: OutputFile = "-",
+    no_clobber: NoClobber = False,
     quiet: Quiet = False,
     no_history: NoHistory = False,
 ) -> None:
@@ -198,7 +200,10 @@ def train(
 
 def _train(options: dict[str, Any], recipe: Recipe, every: tuple[int, float], ranks: Ranks) -> None:
     """What each process does."""
-    _check_outputs(options["output"], options["last"], options["log"])
+    files = (options["output"], options["last"])
+    if not options["resume"]:
+        _io.refuse_taken(*files, options["log"], no_clobber=options["no_clobber"])
+    _check_outputs(*files, options["log"])
     place = _ranks.own_device(set_up(options["device"], options["threads"] or _ranks.threads()))
     data, meta = _examples.read(options["source"], options["max_document"], place, ranks)
     training, held_out = _examples.hold_out(options, data, place, ranks)
@@ -207,6 +212,8 @@ def _train(options: dict[str, Any], recipe: Recipe, every: tuple[int, float], ra
     job = _checkpoint.Job(options, recipe, data, path=path)
     if ranks.largest(options["resume"] and _finished(options["output"], job)):
         return
+    if options["resume"]:  # whose log is the one that goes on
+        _io.refuse_taken(*files, no_clobber=options["no_clobber"])
     state = _begin(options, recipe, data, meta, place, job)
     _checkpoint.share(state, ranks)
     _run(options, state, training, held_out, recipe, Watch(job, every=every, ranks=ranks))
@@ -329,10 +336,9 @@ def _run(
         watch.after_step(state)
 
     with (
-        Progress("rb-train", total=total, unit="steps", quiet=options["quiet"]) as progress,
+        Progress("rb-train", total=total, unit="steps", quiet=options["quiet"], done=state.step) as progress,
         blame(Numbers, NumericError),
     ):
-        progress.advance(state.step)
         for record in fit(state, training, held_out, recipe, tick=tick, ranks=watch.ranks):
             progress.advance(0, note=_summary(record))
             watch.save(state)
@@ -375,7 +381,7 @@ def _write(
     if options["last"] is not None:
         outputs.append((options["last"], net.state_dict(), state.epoch))
     for path, weights, epoch in reversed(outputs):
-        with _io.Sink(path, no_history=options["no_history"]) as sink:
+        with _io.Sink(path, no_history=options["no_history"], no_clobber=options["no_clobber"]) as sink:
             arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in weights.items()}
             sink.write(arrays, {**described, "epoch": epoch}, last=True)
     if options["log"] is not None:
@@ -384,7 +390,7 @@ def _write(
         job.remove()
 
 
-main = program("rb-train", train, alone=True)
+main = program("rb-train", train, alone=True, answers=False)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,8 @@ import typer
 from rbkit.cli import _io
 from rbkit.cli._app import program
 from rbkit.cli._errors import Input, Usage, blame
-from rbkit.cli._options import DOCUMENT_LIMIT, MaxDocument, Output, Quiet, Sources
+from rbkit.cli._options import DOCUMENT_LIMIT, MaxDocument, NoClobber, Output, Quiet, Sources
+from rbkit.cli._rows import watched
 from rbkit.formats.errors import FormatError
 
 
@@ -28,6 +29,7 @@ def view(
         ),
     ] = None,
     output: Output = "-",
+    no_clobber: NoClobber = False,
     max_document: MaxDocument = DOCUMENT_LIMIT,
     quiet: Quiet = False,
 ) -> None:
@@ -38,24 +40,25 @@ def view(
     rb-score become curves of accuracy against eps, or bars of a --metric; models become curves of their training.
     """
     names = sources or ["-"]
+    _io.refuse_taken(output, no_clobber=no_clobber)
     if output == "-":
         _io.refuse_terminal()
     elif not (output.endswith("/") or output.lower().endswith(".png")):
         raise Usage(f"-o {output}: expected a name ending in .png, or a folder ending in /")
     if all(_is_text(name) for name in names):
-        _curves(names, output, metric)
+        _io.write_file(output, _curves(names, output, metric), no_clobber=no_clobber)
         return
     if names != ["-"] and output.lower().endswith(".png") and all(map(_is_model, names)):
-        _training(names, output)
+        _io.write_file(output, _training(names), no_clobber=no_clobber)
         return
     from rbkit.cli._pictures import PictureWriter
     from rbkit.formats.rows import RowChecker
 
     with blame(Input, OSError):
-        writer = PictureWriter(output, rows=rows)
+        writer = PictureWriter(output, rows=rows, no_clobber=no_clobber)
     for name in names:
         checker = RowChecker()
-        for chunk in _io.chunks(name, max_document=max_document):
+        for chunk in watched(_io.chunks(name, max_document=max_document), tool="rb-view", quiet=True, unit="rows"):
             if chunk.meta["kind"] not in ("model", "checkpoint", "scores"):
                 with blame(Input, FormatError):
                     chunk = checker(chunk)
@@ -73,7 +76,7 @@ def _is_text(name: str) -> bool:
     return start[:1] == b"{" and start[:8].isascii() and b"\0" not in start[:8]
 
 
-def _curves(names: list[str], output: str, metric: str | None) -> None:
+def _curves(names: list[str], output: str, metric: str | None) -> bytes:
     from rbkit.formats.figures import accuracy_curves, metric_bars
     from rbkit.formats.table import read_records
 
@@ -84,8 +87,7 @@ def _curves(names: list[str], output: str, metric: str | None) -> None:
         with blame(Input, FormatError, OSError):
             records += read_records(Path(name))
     with blame(Input, ValueError):
-        raw = accuracy_curves(records, form="png") if metric is None else metric_bars(records, metric, form="png")
-    _io.write_file(output, raw)
+        return accuracy_curves(records, form="png") if metric is None else metric_bars(records, metric, form="png")
 
 
 def _is_model(name: str) -> bool:
@@ -93,13 +95,12 @@ def _is_model(name: str) -> bool:
         return next(iter(_io.reader(name))).meta["kind"] == "model"
 
 
-def _training(names: list[str], output: str) -> None:
+def _training(names: list[str]) -> bytes:
     from rbkit.cli._compute import model_chunk
     from rbkit.formats.figures import training_curves
 
     with blame(Input, ValueError):
-        raw = training_curves([model_chunk(name).meta for name in names], form="png")
-    _io.write_file(output, raw)
+        return training_curves([model_chunk(name).meta for name in names], form="png")
 
 
 main = program("rb-view", view)

@@ -3,6 +3,7 @@
 The new content goes to a temporary file beside the target (same file system and quota), is synced, renamed over the
 target, and the directory is synced. The temporary file is locked while its writer lives, so the next writer of the
 same target can tell an orphan and remove it. Devices and FIFOs are written in place; symbolic links are followed.
+A target that must not be replaced gets its name by a hard link, which fails where somebody else took the name.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ def remove_orphans(target: Path) -> None:
 class AtomicFile:
     """An output file: write to `file`, then `commit()`, or `abort()` to leave the target as it was.
 
+    replace: whether a target that is there, or appears meanwhile, is replaced; else `commit` raises FileExistsError.
     Raises: OSError when the target cannot be created; nothing is left behind.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, replace: bool = True) -> None:
+        self.replace = replace
         self.target = Path(os.path.realpath(path))
         self.temporary: Path | None = None
         if os.fspath(path).endswith("/") or self.target.is_dir():
@@ -90,7 +93,7 @@ class AtomicFile:
             self.file.flush()
             if self.temporary is not None:
                 os.fsync(self.file.fileno())
-                self.temporary.rename(self.target)
+                self._name(self.temporary)
                 _unfinished.discard(self.temporary)
                 self.temporary = None
                 _sync_directory(self.target.parent)
@@ -98,6 +101,17 @@ class AtomicFile:
         except OSError:
             self.abort()
             raise
+
+    def _name(self, temporary: Path) -> None:
+        """Give the content the name of the target."""
+        try:
+            if self.replace:
+                temporary.rename(self.target)
+            else:
+                self.target.hardlink_to(temporary)
+                temporary.unlink()
+        except OSError as error:  # name the target, not the temporary file
+            raise OSError(error.errno, error.strerror, os.fspath(self.target)) from None
 
     def abort(self) -> None:
         """Forget the new content."""
@@ -126,9 +140,9 @@ def _sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace `path` by `content`, or leave it as it was. Raises: OSError."""
-    out = AtomicFile(path)
+def write_atomically(path: str | os.PathLike[str], content: bytes, *, replace: bool = True) -> None:
+    """Make `content` what `path` holds, or leave it as it was. Raises: OSError."""
+    out = AtomicFile(path, replace=replace)
     try:
         out.file.write(content)
     except OSError:

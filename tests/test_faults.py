@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -14,39 +15,60 @@ SCRIPTS = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_t
 
 # One short line for every command; what it needs stands in the folder by then.
 LINES = {
-    "rb-data": "rb-data shapes --n 8 -o rows.safetensors",
-    "rb-train": "rb-train {train} --width 4 --epochs 1 --eps 0.5 --steps 1 -q -o model.safetensors",
-    "rb-model": "rb-model show model.safetensors && rb-model export model.safetensors -o weights.safetensors",
-    "rb-attack": "rb-attack rows.safetensors -m model.safetensors --steps 1 -q -o adv.safetensors",
-    "rb-saliency": "rb-saliency rows.safetensors -m model.safetensors --method gradient -q -o sal.safetensors",
-    "rb-invert": "rb-invert rows.safetensors -m model.safetensors --steps 1 -q -o inv.safetensors",
-    "rb-score": "rb-score adv.safetensors sal.safetensors -m model.safetensors --json -q > scores.jsonl",
-    "rb-view": "rb-view adv.safetensors -o sheet.png",
-    "rb-info": "rb-info adv.safetensors --check",
+    "rb-data": "rb-data shapes --n 8 --no-clobber -o rows.safetensors",
+    "rb-train": "rb-train {train} --width 4 --epochs 1 --eps 0.5 --steps 1 -q --no-clobber -o model.safetensors --last last.safetensors",
+    "rb-model": "rb-model show model.safetensors && rb-model export model.safetensors --no-clobber -o weights.safetensors"
+    " && rb-model import weights.safetensors --arch resnet8 --width 4 --classes 8 --no-clobber -o again.safetensors",
+    "rb-attack": "rb-attack rows.safetensors -m model.safetensors --steps 1 -q --no-clobber -o adv.safetensors",
+    "rb-saliency": "rb-saliency rows.safetensors -m model.safetensors --method gradient -q --no-clobber -o sal.safetensors",
+    "rb-invert": "rb-invert rows.safetensors -m model.safetensors --steps 1 -q --no-clobber -o inv.safetensors",
+    "rb-score": "rb-score adv.safetensors sal.safetensors -m model.safetensors --json -q --no-clobber -o kept.rbs > scores.jsonl",
+    "rb-view": "rb-view adv.safetensors --no-clobber -o sheet.png && rb-view adv.safetensors --no-clobber -o pictures/"
+    " && rb-view scores.jsonl --no-clobber -o curves.png && rb-view model.safetensors --no-clobber -o training.png",
+    "rb-info": "rb-info adv.safetensors --check && rb-info --join rows.safetensors --no-clobber -o joined.safetensors",
     "rb-verify": "rb-verify adv.safetensors -m model.safetensors > checks.jsonl",
-    "rb-report": "rb-report scores.jsonl model.safetensors -o report.html",
-    "rb-link": "rb-link scores.jsonl --allow-incomplete -q > link.jsonl",
+    "rb-report": "rb-report scores.jsonl model.safetensors --figures drawn/ --no-clobber -o report.html",
+    "rb-link": "rb-link scores.jsonl --allow-incomplete -q --no-clobber --figures plots/ > link.jsonl",
 }
+WITNESS = """
+import os, sys
+def tell(event, args):
+    if event in ("pickle.find_class", "os.rename"):
+        with open(os.environ["WITNESS"], "a") as log:
+            print(event, args[1], file=log)
+sys.addaudithook(tell)
+"""
 
 
-def test_no_command_ever_unpickles(tmp_path: Path, train_file: Path) -> None:
-    """An unpickler that looks up any class or function raises the audit event; here that ends the process."""
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory, train_file: Path) -> list[str]:
+    """What an audit hook tells of a run of every command: each lookup of an unpickler, each file that is replaced."""
     assert set(LINES) == set(SCRIPTS)
-    hook = tmp_path / "hook"
+    folder = tmp_path_factory.mktemp("watched")
+    hook, log = folder / "hook", folder / "log"
     hook.mkdir()
-    (hook / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "def forbid(event, args):\n"
-        "    if event == 'pickle.find_class':\n"
-        "        os.write(2, f'unpickled {args}\\n'.encode())\n"
-        "        os._exit(99)\n"
-        "sys.addaudithook(forbid)\n"
+    (hook / "sitecustomize.py").write_text(WITNESS)
+    place = {"PYTHONPATH": f"{hook}:{os.environ.get('PYTHONPATH', '')}", "WITNESS": str(log)}
+    shell(
+        "python -c \"import os, pickle; pickle.loads(b'cos\\nsystem\\n.'); os.rename('a', 'b')\"", cwd=folder, **place
     )
-    caught = shell("python -c \"import pickle; pickle.loads(b'cos\\nsystem\\n.')\"", PYTHONPATH=str(hook))
-    assert caught.status == 99, "the hook is not at work"
+    assert log.read_text().splitlines() == ["pickle.find_class system", "os.rename b"], "the hook is not at work"
+    log.write_text("")
     for line in LINES.values():
-        result = shell(line.format(train=train_file), cwd=tmp_path, PYTHONPATH=str(hook))
+        result = shell(line.format(train=train_file), cwd=folder, **place)
         assert result.status == 0, f"{line}\n{result.err}"
+    return log.read_text().splitlines()
+
+
+def test_no_command_ever_unpickles(told: list[str]) -> None:
+    """An unpickler that looks up any class or function raises the audit event."""
+    assert not [event for event in told if event.startswith("pickle.")]
+
+
+def test_no_clobber_reaches_every_output(told: list[str]) -> None:
+    """With --no-clobber nothing but a checkpoint takes a name by renaming, which would replace what has it."""
+    renamed = [event for event in told if event.startswith("os.rename")]
+    assert renamed and all(event.endswith(".ckpt") for event in renamed), renamed
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")

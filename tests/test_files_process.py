@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -50,6 +51,8 @@ def test_every_command_keeps_the_contract(command: str) -> None:
     one_line(shell(f"{command} --help > /dev/full"), 4)
     one_line(shell(f"{command} --version >&-"), 4)
     one_line(execute(command, "--no-such-option"), 2)
+    last = json.loads(execute(command, "--no-such-option", RB_LOG="json").err)
+    assert (last["tool"], last["ev"], last["code"]) == (command, "exit", 2)
 
 
 @pytest.mark.parametrize("line", ["rb-data npz rows.npz 2>&-", "rb-data npz rows.npz 2>/dev/full"])

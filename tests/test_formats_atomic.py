@@ -62,6 +62,22 @@ def test_abort_keeps_the_old_content(existing: bool, tmp_path: Path) -> None:
     assert out.file.closed
 
 
+def test_a_target_to_be_kept_is_never_replaced(tmp_path: Path) -> None:
+    """Also where it appears while the new content is being written; elsewhere the new file is like any other."""
+    path = tmp_path / "x"
+    out = AtomicFile(path, replace=False)
+    out.file.write(b"new")
+    path.write_bytes(b"appeared")
+    with pytest.raises(FileExistsError) as caught:
+        out.commit()
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"appeared" and names(tmp_path) == ["x"] and out.file.closed
+    write_atomically(tmp_path / "y", b"new", replace=False)
+    assert (tmp_path / "y").read_bytes() == b"new" and (tmp_path / "y").stat().st_nlink == 1
+    assert names(tmp_path) == ["x", "y"]
+    write_atomically("/dev/null", b"gone", replace=False)
+
+
 def test_a_reader_of_the_old_file_keeps_it(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"old")
@@ -80,8 +96,9 @@ def test_a_failed_commit_keeps_the_old_content(call: str, tmp_path: Path, monkey
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "rename")), fail)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(OSError, match="Input/output") as caught:
         write_atomically(path, b"new")
+    assert caught.value.filename in (None, str(path))
     assert path.read_bytes() == b"old" and names(tmp_path) == ["x"]
 
 

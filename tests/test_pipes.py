@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,36 +32,75 @@ def scores(*argv: object, stdin: bytes = b"", cwd: Path | None = None) -> str:
     return result.out.decode()
 
 
-@pytest.mark.parametrize("count", [1, 3, 4])
-def test_shards_join_to_the_whole(count: int, tmp_path: Path, stream_file: Path, model_file: Path, whole: Path) -> None:
-    names = []
-    for k in range(1, count + 1):
-        names.append(tmp_path / f"{k}.safetensors")
-        done = execute("rb-attack", stream_file, "-m", model_file, *ATTACK, "--shard", f"{k}/{count}", "-o", names[-1])
-        assert done.status == 0, done.err
-    joined = tmp_path / "joined.safetensors"
-    assert execute("rb-info", "--join", *reversed(names), "-o", joined).status == 0
-    assert joined.read_bytes() == whole.read_bytes()
-    if count == 3:
-        stream = b"".join(name.read_bytes() for name in names)
-        assert scores("-m", model_file, stdin=stream) == scores("-m", model_file, whole)
-        missing = execute("rb-info", "--join", names[1], "-o", joined)
-        assert missing.status == 3 and "--array=1,3" in missing.err
-        assert joined.read_bytes() == whole.read_bytes()
+# All shards of every count, and what they join to, in one process.
+SHARDS = """
+import sys
+from rbkit.cli.attack import attack
+from rbkit.cli.info import info
+model, rows, folder = sys.argv[1:]
+for count in range(1, 8):
+    names = [f"{folder}/{k}-of-{count}.safetensors" for k in range(1, count + 1)]
+    for k, name in enumerate(names, 1):
+        attack(model, rows, steps=2, eps=["0.25"], threads=1, quiet=True, shard=f"{k}/{count}", output=name)
+    info(names[::-1], join=True, output=f"{folder}/{count}.safetensors")
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(folder: Path, stream_file: Path, model_file: Path) -> Path:
+    """The 40 rows attacked in 1 to 7 shards, `2-of-3.safetensors`, and joined again, `3.safetensors`."""
+    made = folder / "shards"
+    made.mkdir()
+    in_shards(model_file, stream_file, made)
+    return made
+
+
+def in_shards(model: Path, rows: Path, made: Path) -> None:
+    subprocess.run([sys.executable, "-c", SHARDS, model, rows, made], env=environment(), check=True)
+
+
+def test_shards_join_to_the_whole(shards: Path, whole: Path) -> None:
+    for count in range(1, 8):
+        assert (shards / f"{count}.safetensors").read_bytes() == whole.read_bytes(), count
 
 
 def test_more_shards_than_rows(tmp_path: Path, model_file: Path) -> None:
-    small = tmp_path / "small.safetensors"
+    small, whole = tmp_path / "small.safetensors", tmp_path / "whole.safetensors"
     assert execute("rb-data", "shapes", "--n", 3, "-o", small).status == 0
-    names = [tmp_path / f"{k}.safetensors" for k in (1, 2, 3, 4)]
-    for k, name in enumerate(names, 1):
-        done = execute("rb-attack", small, "-m", model_file, *ATTACK, "--shard", f"{k}/4", "-o", name)
-        assert done.status == 0, done.err
-    assert [len(st.load_file(name)["id"]) for name in names] == [0, 1, 1, 1]
-    joined = execute("rb-info", "--join", *names, "-o", tmp_path / "joined.safetensors")
-    assert joined.status == 0, joined.err
-    assert execute("rb-attack", small, "-m", model_file, *ATTACK, "-o", tmp_path / "all.safetensors").status == 0
-    assert (tmp_path / "joined.safetensors").read_bytes() == (tmp_path / "all.safetensors").read_bytes()
+    assert execute("rb-attack", small, "-m", model_file, *ATTACK, "-o", whole).status == 0
+    in_shards(model_file, small, tmp_path)
+    assert [len(st.load_file(tmp_path / f"{k}-of-4.safetensors")["id"]) for k in (1, 2, 3, 4)] == [0, 1, 1, 1]
+    for count in range(1, 8):
+        assert (tmp_path / f"{count}.safetensors").read_bytes() == whole.read_bytes(), count
+
+
+def test_shards_in_order_are_the_stream_and_missing_ones_are_named(
+    shards: Path, model_file: Path, whole: Path, tmp_path: Path
+) -> None:
+    names = [shards / f"{k}-of-3.safetensors" for k in (1, 2, 3)]
+    stream = b"".join(name.read_bytes() for name in names)
+    assert scores("-m", model_file, stdin=stream) == scores("-m", model_file, whole)
+    joined = tmp_path / "joined.safetensors"
+    joined.write_bytes(b"old")
+    missing = execute("rb-info", "--join", names[1], "-o", joined)
+    assert missing.status == 3 and "--array=1,3" in missing.err
+    assert joined.read_bytes() == b"old"
+
+
+def test_the_shard_of_an_array_task(tmp_path: Path) -> None:
+    """`slurm` is the task of a whole array, `slurm/N` that of any; outside of an array both are refused."""
+    np.savez(tmp_path / "rows.npz", image=np.zeros((10, 3, 6, 7), np.uint8))
+    data = ("rb-data", "npz", tmp_path / "rows.npz")
+    task = {
+        f"SLURM_ARRAY_TASK_{name}": text for name, text in (("ID", "2"), ("MIN", "1"), ("MAX", "4"), ("COUNT", "4"))
+    }
+    expected = execute(*data, "--shard", "2/4").out
+    assert execute(*data, "--shard", "slurm", **task).out == expected
+    assert execute(*data, "--shard", "slurm/4", SLURM_ARRAY_TASK_ID="2").out == expected
+    again = {**task, "SLURM_ARRAY_TASK_COUNT": "2"}  # sbatch --array=1,4 or 2,4: of how many?
+    for text, place in (("slurm", {}), ("slurm/4", {}), ("slurm", again), ("slurm/1", task), ("slurmy", task)):
+        found = execute(*data, "--shard", text, **place)
+        assert found.status == 2 and "--shard" in found.err and found.err.count("\n") == 1, (text, found.err)
 
 
 def test_pipe_equals_file(tmp_path: Path, stream_file: Path, model_file: Path, whole: Path) -> None:
@@ -120,7 +160,7 @@ def test_results_leave_before_more_input_comes(model_file: Path) -> None:
     assert len(parts) >= 2
     tool = subprocess.Popen(
         [BIN / "rb-attack", "-m", model_file, "--steps", "1", "-q"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env=environment(),
+        stderr=subprocess.PIPE, env=environment(),
     )  # fmt: skip
     assert tool.stdin is not None and tool.stdout is not None
     tool.stdin.write(parts[0])
@@ -130,8 +170,10 @@ def test_results_leave_before_more_input_comes(model_file: Path) -> None:
     assert tool.poll() is None
     first = os.read(tool.stdout.fileno(), 1 << 16)
     assert b'"adversarial"' in first
-    rest, _ = tool.communicate(b"".join(parts[1:]))
+    tool.send_signal(signal.SIGUSR1)  # a question, which ends nothing
+    rest, err = tool.communicate(b"".join(parts[1:]))
     assert tool.returncode == 0
+    assert err.startswith(b"rb-attack: ") and b" images in " in err and err.count(b"\n") == 1, err
     assert execute("rb-info", "--check", stdin=first + rest).status == 0
 
 

@@ -4,6 +4,7 @@ complete -c rb-link -l controls -r -d 'Records of models that are a control, als
 complete -c rb-link -l run -x -d 'Field of the records that tells training runs apart.'
 complete -c rb-link -l allow-incomplete -d 'Take records of fewer rows than their stream has.'
 complete -c rb-link -l figures -r -d 'Write scatter plots and curves as PNG, SVG and PDF.'
+complete -c rb-link -l no-clobber -d 'Refuse outputs that are already there; the default is to replace them.'
 complete -c rb-link -l seed -x -d 'Seed of every random number.'
 complete -c rb-link -l json -d 'JSON lines, also on a terminal.'
 complete -c rb-link -s q -l quiet -d 'No progress and no notes on standard error.'

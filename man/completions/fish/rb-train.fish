@@ -34,6 +34,7 @@ complete -c rb-train -l device -x -a 'auto cpu cuda' -d 'auto, cpu, cuda or cuda
 complete -c rb-train -l threads -x -d 'CPU threads; default: what affinity and quota allow.'
 complete -c rb-train -l max-document -x -d 'Refuse documents larger than this.'
 complete -c rb-train -s o -l output -r -d 'Where to write: .safetensors (one document), .rbs (a stream), .png or a folder/ (pictures); - is standard output.'
+complete -c rb-train -l no-clobber -d 'Refuse outputs that are already there; the default is to replace them.'
 complete -c rb-train -s q -l quiet -d 'No progress and no notes on standard error.'
 complete -c rb-train -l no-history -d 'Leave the history out of the output.'
 complete -c rb-train -l version -d 'Show the version and exit.'

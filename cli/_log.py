@@ -67,7 +67,7 @@ def catch_warnings(tool: str) -> None:
 
 def _place() -> dict[str, Any]:
     """Which of many jobs, processes and attempts this is, where Slurm or torchrun say so."""
-    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    array, task = (os.environ.get(name) for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"))
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
     place: dict[str, Any] = {"job": job}
     for key, name in (("rank", "RANK"), ("restart", "SLURM_RESTART_COUNT")):

@@ -45,7 +45,9 @@ def shard(text: str | None) -> tuple[int, int] | None:
 
 def _of_slurm(text: str) -> str:
     """K/N for the array task that this is. An array of some shards alone does not tell how many there are."""
-    task, low, high, count = (os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "MIN", "MAX", "COUNT"))
+    task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    low, high = os.environ.get("SLURM_ARRAY_TASK_MIN"), os.environ.get("SLURM_ARRAY_TASK_MAX")
+    count = os.environ.get("SLURM_ARRAY_TASK_COUNT")
     if not task:
         raise Usage(f"--shard {text}: no SLURM_ARRAY_TASK_ID here, expected a task of sbatch --array=1-N")
     if text != "slurm":

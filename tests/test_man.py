@@ -179,7 +179,9 @@ def test_the_environment_is_what_the_code_reads() -> None:
         path.read_text() for folder in ("cli", "tools", "formats") for path in (MAN.parent / folder).glob("*.py")
     )
     read = set(re.findall(r"""(?:environ(?:\.get\(|\[)|getenv\(|envvar=)"(\w+)\"""", code))
-    assert read == {"RB_THREADS", "RB_DEBUG", "TERM", "MAKEFLAGS"}
+    slurm = {f"SLURM_{name}" for name in ("JOB_ID", "ARRAY_JOB_ID", "RESTART_COUNT")}
+    slurm |= {f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "COUNT")}
+    assert read == {"RB_THREADS", "RB_DEBUG", "RB_LOG", "TERM", "MAKEFLAGS", "RANK"} | slurm
     listed = {word for head in terms(section("rbkit.7", "ENVIRONMENT")) for word in head.split(", ")}
     # Besides these, what Python and rich honour by themselves.
     assert listed == read | {"NO_COLOR", "COLUMNS", "TMPDIR", "PYTHONPATH", "OMP_WAIT_POLICY"}

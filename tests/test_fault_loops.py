@@ -215,4 +215,7 @@ def test_a_full_disk(small_disk: str, stock: Path, tmp_path: Path) -> None:
     done = shell(small_disk.replace("LINE", script))
     assert done.status == 0, done.err
     assert done.out.decode().split() == ["4", "old", "x.safetensors", "4", "0", "4", "0"], done
-    assert done.err.count("No space left on device") == 3 and done.err.count("\n") == 3, done.err
+    assert done.err.count("No space left on device") == 3 == done.err.count("\n"), done.err
+    assert "disk/x.safetensors: " in done.err and "disk/pictures/" in done.err, (
+        "the message names what could not be written"
+    )

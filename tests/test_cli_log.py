@@ -91,7 +91,7 @@ def waiting(*argv: object, python: str | None = None, **extra: str) -> subproces
         env=environment(**extra),
     )  # fmt: skip
     end = time.monotonic() + 60
-    while not _caught(job.pid) & 1 << (signal.SIGUSR2 - 1):  # the last that is taken over
+    while not _caught(job.pid) & 1 << (signal.SIGTERM - 1):  # taken over after USR1 and USR2
         assert job.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     return job

@@ -63,22 +63,20 @@ def program(
     def main() -> None:
         _own_descriptors()
         _share_cpus(alone=alone)
-        _trap()
         if answers:
             answer_signals(name)
         _log.catch_warnings(name)
-        heart = Heart(name)
-        heart.start()
+        _trap()
         status, why, killer = 1, None, None
         try:
-            status, why = _run(name, function)
+            with Heart(name):
+                status, why = _run(name, function)
         except Terminated as stop:
             killer = stop.signum
         except KeyboardInterrupt:
             killer = signal.SIGINT
         except BrokenPipeError:
             killer = signal.SIGPIPE
-        heart.stop()
         if killer is not None:
             _die(name, killer)
         _log.end(name, status, why)

@@ -286,8 +286,10 @@ def write_file(output: str, content: bytes, *, no_clobber: bool = False) -> None
     if output == "-":
         write_stdout(content)
         return
-    with blame(Output, OSError):
+    try:
         write_atomically(output, content, replace=not no_clobber)
+    except OSError as error:
+        raise Output(reason(error) if error.filename else f"{output}: write error: {reason(error)}") from error
 
 
 class Folder:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import warnings
 from datetime import UTC, datetime
@@ -67,13 +68,17 @@ def catch_warnings(tool: str) -> None:
 
 def _place() -> dict[str, Any]:
     """Which of many jobs, processes and attempts this is, where Slurm or torchrun say so."""
-    array, task = (os.environ.get(name) for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"))
-    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
-    place: dict[str, Any] = {"job": job}
-    for key, name in (("rank", "RANK"), ("restart", "SLURM_RESTART_COUNT")):
-        text = os.environ.get(name, "")
-        place[key] = int(text) if text.isdecimal() and len(text) < 10 else None
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    place = {
+        "job": f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID"),
+        "rank": _number(os.environ.get("RANK")),
+        "restart": _number(os.environ.get("SLURM_RESTART_COUNT")),
+    }
     return {key: value for key, value in place.items() if value is not None}
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and re.fullmatch(r"[0-9]{1,9}", text) else None
 
 
 def _is_utf8() -> bool:

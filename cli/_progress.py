@@ -131,16 +131,17 @@ class Heart:
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True)
 
-    def start(self) -> None:
-        """Begin to beat, where programs read along."""
+    def __enter__(self) -> Heart:
         if _log.as_json():
             self.thread.start()
+        return self
 
-    def stop(self) -> None:
-        """Beat no more: what follows is the last event."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.over.set()
         if self.thread.is_alive():
-            self.thread.join(1)
+            self.thread.join(1)  # what follows is the last event
 
     def _beat(self) -> None:
         while not self.over.wait(INTERVAL):

@@ -45,13 +45,13 @@ def shard(text: str | None) -> tuple[int, int] | None:
 
 def _of_slurm(text: str) -> str:
     """K/N for the array task that this is. An array of some shards alone does not tell how many there are."""
-    task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
-    low, high = os.environ.get("SLURM_ARRAY_TASK_MIN"), os.environ.get("SLURM_ARRAY_TASK_MAX")
-    count = os.environ.get("SLURM_ARRAY_TASK_COUNT")
-    if not task:
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if task is None:
         raise Usage(f"--shard {text}: no SLURM_ARRAY_TASK_ID here, expected a task of sbatch --array=1-N")
     if text != "slurm":
         return f"{task}{text.removeprefix('slurm')}"
+    low, high = os.environ.get("SLURM_ARRAY_TASK_MIN"), os.environ.get("SLURM_ARRAY_TASK_MAX")
+    count = os.environ.get("SLURM_ARRAY_TASK_COUNT")
     if low != "1" or high != count:
         raise Usage(f"--shard slurm: an array of {count} tasks from {low} to {high}, expected 1-N; try --shard slurm/N")
     return f"{task}/{count}"

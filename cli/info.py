@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -50,6 +51,11 @@ def info(
         raise CheckFailed(f"{failed} of {len(names)} files do not hold")
 
 
+def _counted(stream: Iterable[Chunk]) -> Iterator[Chunk]:
+    """The chunks of a stream, for those who ask by a signal how far it is."""
+    return watched(stream, tool="rb-info", quiet=True, unit="rows")
+
+
 def _is_whole(name: str, max_document: int) -> bool:
     """Read everything: headers, parts, digests, rows. What does not hold is said on stderr."""
     from rbkit.formats.rows import RowChecker
@@ -58,7 +64,7 @@ def _is_whole(name: str, max_document: int) -> bool:
     try:
         with blame(Input, FormatError, OSError):
             reader = _io.reader(name, max_document=max_document)
-            for chunk in watched(reader, tool="rb-info", quiet=True, unit="rows"):
+            for chunk in _counted(reader):
                 if chunk.meta["kind"] in ("images", "adversarial", "attributions", "inversions"):
                     checker(chunk)
     except Failure as failure:
@@ -102,7 +108,7 @@ def _finite(value: Any) -> Any:
 def _summaries(name: str, max_document: int) -> list[_Summary]:
     found: list[_Summary] = []
     begin = True
-    for chunk in watched(_io.chunks(name, max_document=max_document), tool="rb-info", quiet=True, unit="rows"):
+    for chunk in _counted(_io.chunks(name, max_document=max_document)):
         if begin:
             found.append(_Summary(chunk))
         found[-1].add(chunk)
@@ -196,7 +202,7 @@ def _join(names: list[str], output: str, max_document: int, *, no_clobber: bool)
         ordered = order_shards(parts)
     with _io.Sink(output, no_clobber=no_clobber) as sink:
         for name in ordered:
-            for chunk in watched(_io.chunks(name, max_document=max_document), tool="rb-info", quiet=True, unit="rows"):
+            for chunk in _counted(_io.chunks(name, max_document=max_document)):
                 sink.write(chunk.arrays, chunk.meta, last=chunk.last)
 
 

@@ -10,8 +10,9 @@ import typer
 
 from rbkit.cli import _io
 from rbkit.cli._app import program
-from rbkit.cli._errors import Input, Usage, blame
-from rbkit.cli._options import DOCUMENT_LIMIT, MaxDocument, NoClobber, Output, Quiet, Sources
+from rbkit.cli._errors import Input, Output, Usage, blame
+from rbkit.cli._options import DOCUMENT_LIMIT, MaxDocument, NoClobber, Quiet, Sources
+from rbkit.cli._options import Output as OutputFile
 from rbkit.cli._rows import watched
 from rbkit.formats.errors import FormatError
 
@@ -28,7 +29,7 @@ def view(
             show_default=False,
         ),
     ] = None,
-    output: Output = "-",
+    output: OutputFile = "-",
     no_clobber: NoClobber = False,
     max_document: MaxDocument = DOCUMENT_LIMIT,
     quiet: Quiet = False,
@@ -54,7 +55,7 @@ def view(
     from rbkit.cli._pictures import PictureWriter
     from rbkit.formats.rows import RowChecker
 
-    with blame(Input, OSError):
+    with blame(Output, OSError):
         writer = PictureWriter(output, rows=rows, no_clobber=no_clobber)
     for name in names:
         checker = RowChecker()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import lzma
+import math
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as formats
 
 from rbkit.formats.dataset import DataSet, in_memory
 from rbkit.formats.errors import FormatError, printable
@@ -14,6 +18,7 @@ from rbkit.formats.errors import FormatError, printable
 IMAGE_KEYS = ("image", "images", "x", "x_test", "data", "arr_0")
 DAMAGED = (
     ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, TypeError, KeyError, RuntimeError,
+    SyntaxError, tokenize.TokenError, lzma.LZMAError, OSError,
 )  # fmt: skip
 LABEL_KEYS = ("label", "labels", "y", "y_test", "arr_1")
 
@@ -38,18 +43,30 @@ def to_nchw(array: np.ndarray, *, layout: str | None, name: str) -> np.ndarray:
     return array if chosen == "nchw" else np.ascontiguousarray(array.transpose(0, 3, 1, 2))
 
 
+def _array(archive: zipfile.ZipFile, keys: tuple[str, ...]) -> np.ndarray | None:
+    """The first array of those names. Its header is believed only as far as there are bytes for what it claims."""
+    name = next((f"{key}.npy" for key in keys if f"{key}.npy" in archive.namelist()), None)
+    if name is None:
+        return None
+    with archive.open(name) as member:
+        header = {(1, 0): formats.read_array_header_1_0, (2, 0): formats.read_array_header_2_0}
+        shape, by_columns, dtype = header[formats.read_magic(member)](member)
+        raw = member.read()
+    if dtype.kind not in "biuf" or len(raw) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{len(raw)} bytes are no {dtype} of shape {shape}")
+    return np.frombuffer(raw, dtype).reshape(shape, order="F" if by_columns else "C")
+
+
 def read(path: str | Path, *, layout: str | None = None) -> DataSet:
     """The images (and labels, if any) of an NPZ file. Raises: FormatError, OSError."""
     shown = printable(str(path), limit=200)
-    try:
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            image = next((archive[k] for k in IMAGE_KEYS if k in archive.files), None)
-            label = next((archive[k] for k in LABEL_KEYS if k in archive.files), None)
-            keys = archive.files
-        if any(isinstance(found, bytes) for found in (image, label)):  # members that are no arrays come as they are
-            raise ValueError("no array")
-    except DAMAGED as error:
-        raise FormatError(f"{shown}: not a readable NPZ archive ({type(error).__name__})") from None
+    with Path(path).open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                image, label = _array(archive, IMAGE_KEYS), _array(archive, LABEL_KEYS)
+                keys = [name.removesuffix(".npy") for name in archive.namelist()]
+        except DAMAGED as error:
+            raise FormatError(f"{shown}: not a readable NPZ archive ({type(error).__name__})") from None
     if image is None:
         raise FormatError(f"{shown}: no array named {' or '.join(IMAGE_KEYS)}; it has {', '.join(keys) or 'none'}")
     if label is not None and label.dtype.kind not in "iu":

@@ -126,6 +126,19 @@ def test_man_examples_run(page: Path, place: Path) -> None:
         assert result.status == 0, f"{line}\n{result.err}"
 
 
+def test_promises_are_made_and_have_tests() -> None:
+    """Each row of docs/promises.md: the page says what is quoted, and the test exists."""
+    rows = re.findall(
+        r"^\| (?!promise|-)(.*) \| (\S+) \| (\S+)::(\S+) \|$", (ROOT / "docs" / "promises.md").read_text(), flags=re.M
+    )
+    assert len(rows) > 50
+    for promise, page, file, test in rows:
+        quoted = re.findall(r'"(.*?)"', promise.replace(r"\|", "|"))
+        said = re.sub(r"\\f[BIR]|\\&", "", (ROOT / "man" / page).read_text()).replace(r"\-", "-")
+        assert all(words.lower() in " ".join(said.split()).lower() for words in quoted), (page, promise)
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), test
+
+
 @pytest.mark.parametrize("name", ["README.md", "DESIGN.md", "CONTRIBUTING.md"])
 def test_links_resolve(name: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):

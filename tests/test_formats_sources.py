@@ -141,6 +141,11 @@ def test_python_batches_as_python_2_wrote_them(tmp_path: Path) -> None:
     assert numbers.tolist() == labels.tolist()
 
 
+DOUBLED: list[Any] = [1]  # 2^60 numbers, if they are counted
+for _ in range(60):
+    DOUBLED = [DOUBLED, DOUBLED]
+
+
 class _Evil:
     """Asks the unpickler to run something."""
 
@@ -196,6 +201,10 @@ def test_attributes_of_the_admitted_names_are_out_of_reach(tmp_path: Path) -> No
         pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": ["a"]}),
         pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [[1], [2, 3]]}),
         pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1, 2]})[:-30],
+        pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": DOUBLED}),
+        b"\x80\x02}r\xff\xff\xff\x7f.",  # an index that C's unpickler makes room for
+        b"\x80\x05\x96" + bytes(5) + b"\xff\xff\0.",  # so many bytes
+        b"\x80\x02J\0",
     ],
 )  # fmt: skip
 def test_pickles_that_are_no_batches(batch: bytes, tmp_path: Path) -> None:
@@ -403,6 +412,12 @@ def test_npz_files_that_are_none(tmp_path: Path) -> None:
         np.save(file, CUBE)
     with zipfile.ZipFile(tmp_path / "z.npz", "w") as archive:
         archive.writestr("x.npy", b"no array")
+    for text in ("(1000000000000,)", "(-1,)", "(2, 1, 4, 5", "((((", "(9223372036854775807, 3, 9, 9)"):
+        with zipfile.ZipFile(path, "w") as archive:
+            header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {text}, }}\n".encode()
+            archive.writestr("x.npy", b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header + bytes(40))
+        with pytest.raises(FormatError, match="not a readable NPZ"):
+            npz.read(path)
     cases = [b"", b"hello", good[:-30], bytes(damaged), pickle.dumps([1]), b"PK\x03\x04"]
     for raw in [*cases, (tmp_path / "y.npy").read_bytes(), (tmp_path / "z.npz").read_bytes()]:
         path.write_bytes(raw)

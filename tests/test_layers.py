@@ -83,6 +83,36 @@ def test_formats_know_no_torch_and_load_pictures_late() -> None:
         assert not roots(path, top=True) & (HEAVY - {"numpy"}), path.name
 
 
+# Modules that run code that a file holds, or could; and functions, also of numpy, torch and its distributed package.
+UNSAFE = {
+    "pickle", "shelve", "marshal", "joblib", "dill", "cloudpickle", "eval", "exec", "load", "save", "all_gather_object",
+    "gather_object", "broadcast_object_list", "scatter_object_list",
+}  # fmt: skip
+
+
+def unsafe(tree: ast.AST) -> set[str]:
+    """Those of UNSAFE that a file imports or calls."""
+    calls = (ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
+    matched = (re.fullmatch(r"(?:(?:np|numpy|torch|dist|distributed)\.)?(\w+)", call) for call in calls)
+    return ({found[1] for found in matched if found} | {name.split(".")[0] for name in imports(tree)}) & UNSAFE
+
+
+def test_nothing_runs_code_that_a_file_holds() -> None:
+    assert unsafe(ast.parse("import pickle\ntorch.load(x)\neval('1')\nnp.save(y)")) == {
+        "pickle",
+        "load",
+        "eval",
+        "save",
+    }
+    where: dict[str, set[str]] = {}
+    for layer in LAYERS:
+        for path in modules(layer):
+            for name in unsafe(ast.parse(path.read_text("utf-8"))):
+                where.setdefault(name, set()).add(path.name)
+    assert where == {"pickle": {"cifar.py"}, "load": {"model.py"}}  # each kept from it: no lookups, weights only
+    assert "weights_only=True" in (ROOT / "cli" / "model.py").read_text()
+
+
 def test_tools_touch_no_command_line_and_no_pictures() -> None:
     for path in modules("tools"):
         assert not roots(path) & {"typer", "click", "rich", "argparse", "PIL", "safetensors", "matplotlib"}, path.name

@@ -1,15 +1,13 @@
-"""Faults that are made to happen: system calls that fail one after the other, and an interpreter that forbids pickles."""
+"""Trust: what no command ever does, whatever it is given and wherever it runs."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import tomllib
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import BIN, execute, shell
+from conftest import shell
 
 SCRIPTS = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
 
@@ -71,30 +69,55 @@ def test_no_clobber_reaches_every_output(told: list[str]) -> None:
     assert renamed and all(event.endswith(".ckpt") for event in renamed), renamed
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-@pytest.mark.parametrize(
-    ("calls", "error"),
-    [("write", "ENOSPC"), ("fsync", "EIO"), ("rename,renameat,renameat2", "EIO"), ("fchmod", "EPERM")],
-)
-def test_whichever_call_fails_the_target_is_old_or_new(calls: str, error: str, tmp_path: Path) -> None:
-    """The first call that touches the folder fails, then the second, ... until the command gets through."""
-    np.savez(tmp_path / "rows.npz", image=np.zeros((40, 3, 6, 7), np.uint8), label=np.arange(40) % 4)
-    folder = tmp_path / "out"
-    folder.mkdir()
-    target = folder / "x.safetensors"
-    new = execute("rb-data", "npz", tmp_path / "rows.npz").out
-    for turn in range(1, 12):
-        target.write_bytes(b"old")
-        inject = f"strace -f -qq -o /dev/null -e trace={calls} -e inject={calls}:error={error}:when={turn}"
-        result = shell(f"{inject} {BIN}/rb-data npz {tmp_path}/rows.npz -q -o {target}")
-        assert [p.name for p in folder.iterdir()] == [target.name], "something was left behind"
-        if result.status == 0:
-            assert target.read_bytes() == new and turn > 1
-            break
-        assert result.status == 4 and result.err.count("\n") == 1 and "Traceback" not in result.err, result.err
-        assert target.read_bytes() == b"old"
+# Every command with a pickle in the place of each of its inputs; all in one process, where what runs leaves a folder.
+BOMBS = """
+import os, pickle, sys
+from importlib import import_module
+from rbkit.cli._app import command_of
+from rbkit.cli._errors import Failure
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.path.abspath("exploded"),)
+for protocol in (0, 2, 4):
+    with open(f"bomb{protocol}.pt", "wb") as file:
+        pickle.dump(Bomb(), file, protocol)
+    with open(f"bomb{protocol}.jsonl", "wb") as file:
+        pickle.dump(Bomb(), file, protocol)
+for line in sys.stdin.read().splitlines():
+    name, *words = line.split()
+    module = import_module("rbkit.cli." + name.removeprefix("rb-"))
+    try:
+        command_of(name, getattr(module, name.removeprefix("rb-")))(args=words, prog_name=name, standalone_mode=False)
+    except Failure as failure:
+        print(failure.status)
     else:
-        pytest.fail("never got through")
+        print(0)
+    sys.stdout.flush()
+"""
+SEATS = {
+    "rb-data": ("idx BOMB.pt", "npz BOMB.pt", "png BOMB.pt"), "rb-model": ("show BOMB.pt", "import BOMB.pt --arch resnet8 --classes 3"),
+    "rb-train": ("BOMB.pt", "{rows} --width 4 --init BOMB.pt", "{rows} --width 4 --val BOMB.pt"),
+    "rb-attack": ("BOMB.pt -m {model}", "{rows} -m BOMB.pt", "{rows} -m {model} --surrogate BOMB.pt"),
+    "rb-saliency": ("BOMB.pt -m {model}", "{rows} -m BOMB.pt", "{rows} -m {model} --method shap --background BOMB.pt"),
+    "rb-invert": ("BOMB.pt -m {model}", "{rows} -m BOMB.pt", "{rows} -m {model} --start-from BOMB.pt"),
+    "rb-score": ("BOMB.pt -m {model}", "{rows} -m BOMB.pt", "{rows} -m {model} --judge BOMB.pt"),
+    "rb-verify": ("BOMB.pt -m {model}", "{rows} -m BOMB.pt", "{rows} -m {model} --clean BOMB.pt"),
+    "rb-view": ("BOMB.pt -o x.png",), "rb-info": ("BOMB.pt", "--join BOMB.pt", "--replay BOMB.pt"),
+    "rb-link": ("BOMB.jsonl",), "rb-report": ("BOMB.jsonl", "{records} BOMB.pt"),
+}  # fmt: skip
+
+
+def test_a_pickle_in_the_place_of_any_input_runs_nothing(tmp_path: Path, stream_file: Path, model_file: Path) -> None:
+    assert set(SEATS) == set(SCRIPTS)
+    (tmp_path / "scores.jsonl").write_text('{"metric": "accuracy", "value": 0.5}\n')
+    given = {"rows": stream_file, "model": model_file, "records": "scores.jsonl"}
+    lines = [f"{name} {seat.format(**given)}" for name, seats in SEATS.items() for seat in seats]
+    lines = [line.replace("BOMB", f"bomb{protocol}") for line in lines for protocol in (0, 2, 4)]
+    (tmp_path / "bombs.py").write_text(BOMBS)
+    done = shell(f"python {tmp_path}/bombs.py", stdin="\n".join(lines).encode(), cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert list(zip(lines, done.out.split(), strict=True)) == [(line, b"3") for line in lines]
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_nothing_is_imported_from_the_current_folder(tmp_path: Path) -> None:

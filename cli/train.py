@@ -198,7 +198,8 @@ def train(
 
 def _train(options: dict[str, Any], recipe: Recipe, every: tuple[int, float], ranks: Ranks) -> None:
     """What each process does."""
-    _check_outputs(options["output"], options["last"], options["log"])
+    if ranks.index == 0:
+        _check_outputs(options["output"], options["last"], options["log"])
     place = _ranks.own_device(set_up(options["device"], options["threads"] or _ranks.threads()))
     data, meta = _examples.read(options["source"], options["max_document"], place, ranks)
     training, held_out = _examples.hold_out(options, data, place, ranks)

@@ -251,8 +251,8 @@ def _micro(micro: int | None, batch: int) -> int | None:
     if batch % size:
         raise Usage(f"--micro {size} does not divide --batch {batch}")
     if processes > batch // size:
-        found = f"{processes} processes share {batch // size} micro-batches of {size} rows in each step"
-        raise Usage(f"{found}; try a --micro of at most {batch // processes}, or fewer processes")
+        idle = f"--micro {size} leaves work for {batch // size} of {processes} processes in a step of {batch}"
+        raise Usage(f"{idle}; try --micro {batch // processes} or less, or fewer processes")
     return None if size == batch else size
 
 

@@ -132,7 +132,7 @@ def test_bad_numbers_are_told_once(tmp_path: Path, rows: Path) -> None:
     ("argv", "words"),
     [
         (("--micro", 5), "--micro 5 does not divide --batch 32"),
-        ((), "2 processes share 1 micro-batches of 32 rows in each step; try a --micro of at most 16"),
+        ((), "--micro 32 leaves work for 1 of 2 processes in a step of 32; try --micro 16 or less"),
         (("--no-such-option",), "no-such-option"),
     ],
 )

@@ -19,6 +19,7 @@ COLUMNS = ("image", "label", "id")
 
 
 def is_share(text: str) -> bool:
+    """Whether --val is a share of the rows, not a file."""
     try:
         return 0 <= float(text) < 1
     except ValueError:

@@ -200,10 +200,8 @@ def train(
 
 def _train(options: dict[str, Any], recipe: Recipe, every: tuple[int, float], ranks: Ranks) -> None:
     """What each process does."""
-    files = (options["output"], options["last"])
-    if not options["resume"]:
-        _io.refuse_taken(*files, options["log"], no_clobber=options["no_clobber"])
-    _check_outputs(*files, options["log"])
+    if ranks.index == 0:
+        _check_outputs(options)
     place = _ranks.own_device(set_up(options["device"], options["threads"] or _ranks.threads()))
     data, meta = _examples.read(options["source"], options["max_document"], place, ranks)
     training, held_out = _examples.hold_out(options, data, place, ranks)
@@ -213,7 +211,7 @@ def _train(options: dict[str, Any], recipe: Recipe, every: tuple[int, float], ra
     if ranks.largest(options["resume"] and _finished(options["output"], job)):
         return
     if options["resume"]:  # whose log is the one that goes on
-        _io.refuse_taken(*files, no_clobber=options["no_clobber"])
+        _io.refuse_taken(options["output"], options["last"], no_clobber=options["no_clobber"])
     state = _begin(options, recipe, data, meta, place, job)
     _checkpoint.share(state, ranks)
     _run(options, state, training, held_out, recipe, Watch(job, every=every, ranks=ranks))
@@ -257,13 +255,16 @@ def _micro(micro: int | None, batch: int) -> int | None:
     if batch % size:
         raise Usage(f"--micro {size} does not divide --batch {batch}")
     if processes > batch // size:
-        found = f"{processes} processes share {batch // size} micro-batches of {size} rows in each step"
-        raise Usage(f"{found}; try a --micro of at most {batch // processes}, or fewer processes")
+        idle = f"--micro {size} leaves work for {batch // size} of {processes} processes in a step of {batch}"
+        raise Usage(f"{idle}; try --micro {batch // processes} or less, or fewer processes")
     return None if size == batch else size
 
 
-def _check_outputs(output: str, last: str | None, log: str | None) -> None:
+def _check_outputs(options: dict[str, Any]) -> None:
     """Refuse now what could not be written after hours of training."""
+    output, last, log = (options[name] for name in ("output", "last", "log"))
+    if not options["resume"]:
+        _io.refuse_taken(output, last, log, no_clobber=options["no_clobber"])
     for path in (output, last):
         if path is not None and (path.endswith("/") or path.lower().endswith(".png")):
             raise Usage(f"{path}: a model is no picture; write it to .safetensors")

@@ -9,11 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from conftest import BIN, environment, execute
 from test_train_process import wait_for
+
+from rbkit.tools.ranks import LostRank, joined
 
 # A robust recipe with averages and momentum: five steps of four micro-batches in each epoch.
 JOB = ("--width", 4, "--epochs", 4, "--batch", 16, "--micro", 4, "--eps", "0.5", "--steps", 2, "--ema", "0.9")
@@ -129,7 +132,7 @@ def test_bad_numbers_are_told_once(tmp_path: Path, rows: Path) -> None:
     ("argv", "words"),
     [
         (("--micro", 5), "--micro 5 does not divide --batch 32"),
-        ((), "2 processes share 1 micro-batches of 32 rows in each step; try a --micro of at most 16"),
+        ((), "--micro 32 leaves work for 1 of 2 processes in a step of 32; try --micro 16 or less"),
         (("--no-such-option",), "no-such-option"),
     ],
 )
@@ -143,6 +146,13 @@ def test_a_usage_error_is_told_once(argv: tuple[object, ...], words: str, tmp_pa
 def test_a_launcher_must_tell_where_the_processes_meet(tmp_path: Path, rows: Path) -> None:
     result = execute("rb-train", rows, "--micro", 8, "-o", tmp_path / "m.safetensors", WORLD_SIZE="2", RANK="0")
     assert result.status == 2 and "MASTER_ADDR and MASTER_PORT" in result.err, result.err
+
+
+def test_a_process_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(LostRank), joined(0, 2, patience=timedelta(seconds=1)):
+        raise AssertionError("joined alone")
 
 
 def test_rows_that_cannot_be_read_end_all_processes(tmp_path: Path) -> None:

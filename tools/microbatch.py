@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def mean_gradient(
     mean: list[Tensor] = []
     for first in range(0, len(sizes), ranks.count):
         # Where the last round has fewer micro-batches than processes, the others repeat its last, which is not counted.
-        found = _one(model, before, lambda i=min(first + ranks.index, len(sizes) - 1): measure(i))
+        found = _one(model, before, partial(measure, min(first + ranks.index, len(sizes) - 1)))
         for rows, (told, *values) in zip(sizes[first:], ranks.gather(found), strict=False):
             tallies.append(Tally(*told.tolist(), rows))
             weight = rows / sum(t.rows for t in tallies)
@@ -54,8 +55,7 @@ def _one(model: nn.Module, before: list[Tensor], measure: Callable[[], tuple[Ten
     model.zero_grad(set_to_none=True)
     loss, right = measure()
     loss.backward()
-    gradients = [p.grad for p in model.parameters()]
-    reached = torch.tensor([float(g is not None) for g in gradients], device=loss.device)
+    reached = torch.tensor([float(p.grad is not None) for p in model.parameters()], device=loss.device)
     filled = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     return [
         torch.stack([loss.detach(), right.to(loss.dtype)]),

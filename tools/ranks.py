@@ -43,19 +43,19 @@ class Ranks:
 
     def sums(self, numbers: Sequence[int]) -> list[int]:
         """The sums of integers over all processes."""
-        return self._reduce(numbers, dist.ReduceOp.SUM)
+        return self._reduce(numbers, "SUM")
 
     def largest(self, number: int) -> int:
         """The largest of an integer over all processes."""
-        return self._reduce([number], dist.ReduceOp.MAX)[0]
+        return self._reduce([number], "MAX")[0]
 
-    def _reduce(self, numbers: Sequence[int], operation: dist.ReduceOp.RedOpType) -> list[int]:
+    def _reduce(self, numbers: Sequence[int], operation: str) -> list[int]:
         if self.count == 1:
             return list(numbers)
-        both = torch.tensor(numbers, dtype=torch.int64)
+        found = torch.tensor(numbers, dtype=torch.int64)
         with _company():
-            dist.all_reduce(both, operation)
-        return both.tolist()
+            dist.all_reduce(found, getattr(dist.ReduceOp, operation))
+        return found.tolist()
 
     def share(self, tensors: Mapping[str, Tensor], value: Any) -> tuple[dict[str, Tensor], Any]:
         """The named tensors, on the CPU, and the JSON value of the first process, whatever the others gave."""

@@ -87,14 +87,23 @@ def test_the_study_of_arrays_is_that_of_make(tmp_path: Path) -> None:
     assert field(last, "JobState") == ["FAILED"] and "Error 8" in logs, logs
 
     names = [p.relative_to(expected) for p in expected.rglob("*") if p.is_file()]
-    differ = [str(name) for name in names if (made / name).read_bytes() != (expected / name).read_bytes()]
-    assert len(names) > 40 and not differ
+
+    def differ() -> list[str]:
+        """Files that are not the same; the page names the folder."""
+        folders = [str(tmp_path / name).encode() for name in ("jobs", "make")]
+        return [
+            str(name)
+            for name in names
+            if (made / name).read_bytes().replace(*folders) != (expected / name).read_bytes()
+        ]
+
+    assert len(names) > 40 and not differ()
     parts = {p: p.stat().st_mtime_ns for p in (made / "parts").glob("*.rbs")}
     assert len(parts) == 2 * 2 * 7
 
     finish(last := slurm(*words, cwd=tmp_path))
     assert {p: p.stat().st_mtime_ns for p in (made / "parts").glob("*.rbs")} == parts
-    assert all((made / name).read_bytes() == (expected / name).read_bytes() for name in names)
+    assert not differ()
 
 
 def test_a_killed_task_is_made_by_the_array_that_the_join_names(place: Path) -> None:

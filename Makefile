@@ -44,6 +44,8 @@ LINK_METHODS ?= gradient ig
 # controls: smooth by noise or a gradient penalty, labels at random, fresh weights, a standard model stopped early
 CONTROLS   ?= noise penalty shuffled untrained early
 CONTROL_SEEDS ?= 0 1
+# cluster/study.sh: parts that each attack, map, inversion and score is cut into
+SHARDS ?= 16
 OUT    ?= out
 PIP_ARGS ?=
 PYTHON ?= python3
@@ -72,10 +74,10 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # One thread count for every run, so that make -j1 and make -j2 give equal bytes.
 export RB_THREADS ?= $(shell nproc)
 
-.PHONY: help setup study test lint man cases bench clean FORCE
+.PHONY: help setup study test test-cluster lint man cases bench clean FORCE
 
 help:  ## show this help
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # ---------------------------------------------------------------------------------------------------- set-up
 
@@ -129,36 +131,42 @@ $(D)/targets.safetensors: $(K)/data $(K)/ninv | setup
 
 # A checkpoint older than what it depends on belongs to another run. A finished run is left as it is, hence the touch.
 FRESH = @for p in $^; do [ ! "$$p" -nt "$@.ckpt" ] || rm -f "$@.ckpt"; done
-TRAIN = rb-train $< --arch $(ARCH) --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --augment $(AUGMENT) --resume -o $@
-ROBUST = --norm $(NORM) --eps $(EPS) --steps $(STEPS) --eps-ramp $(RAMP)
+TRAIN_OPTIONS = --arch $(ARCH) --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --augment $(AUGMENT) --resume
+TRAIN = rb-train $< $(TRAIN_OPTIONS) -o $@
+STANDARD = --seed $(SEED)
+ROBUST = --seed $(SEED) --norm $(NORM) --eps $(EPS) --steps $(STEPS) --eps-ramp $(RAMP)
+# A third model, of another seed and trained for less long, judges the images that the two make.
+JUDGE = --epochs $(JUDGE_EPOCHS) --seed $$(( $(SEED) + 1000 ))
 
 $(D)/standard.safetensors: $(D)/train.safetensors $(K)/train
 	$(FRESH)
-	$(TRAIN) --seed $(SEED) && touch $@
+	$(TRAIN) $(STANDARD) && touch $@
 $(D)/robust.safetensors: $(D)/train.safetensors $(K)/train $(K)/ball
 	$(FRESH)
-	$(TRAIN) --seed $(SEED) $(ROBUST) && touch $@
-# A third model, of another seed and trained for less long, judges the images that the two make.
+	$(TRAIN) $(ROBUST) && touch $@
 $(D)/judge.safetensors: $(D)/train.safetensors $(K)/train $(K)/judge
 	$(FRESH)
-	$(TRAIN) --epochs $(JUDGE_EPOCHS) --seed $$(( $(SEED) + 1000 )) && touch $@
+	$(TRAIN) $(JUDGE) && touch $@
 
 # ---------------------------------------------------------------------------------------------------- artefacts
 
 MODELS := standard robust
+ATTACK = --norm $(NORM) --seed $(SEED)
+MAP_OPTIONS = --steps $(POINTS) --samples $(POINTS) --seed $(SEED)
+INVERT = --steps 100 --seed $(SEED)
 
 $(D)/%.attacked.rbs: $(D)/%.safetensors $(D)/test.safetensors $(K)/attack
-	rb-attack $(word 2,$^) -m $< --norm $(NORM) $(foreach e,$(EPSS),--eps $(e)) --seed $(SEED) -o $@
+	rb-attack $(word 2,$^) -m $< $(ATTACK) $(foreach e,$(EPSS),--eps $(e)) -o $@
 
 define MAPS
 $$(D)/%.$(1).safetensors: $$(D)/%.safetensors $$(D)/maps.safetensors $$(D)/train.safetensors
-	rb-saliency $$(word 2,$$^) -m $$< --method $(1) --steps $(POINTS) --samples $(POINTS) --seed $$(SEED) \
+	rb-saliency $$(word 2,$$^) -m $$< --method $(1) $$(MAP_OPTIONS) \
 	    $$(if $$(filter shap,$(1)),--background $$(D)/train.safetensors) -o $$@
 endef
 $(foreach m,$(METHODS),$(eval $(call MAPS,$(m))))
 
 $(D)/%.inverted.safetensors: $(D)/%.safetensors $(D)/targets.safetensors
-	rb-invert $(word 2,$^) -m $< --steps 100 --seed $(SEED) -o $@
+	rb-invert $(word 2,$^) -m $< $(INVERT) -o $@
 $(D)/%.classes.safetensors: $(D)/%.safetensors $(D)/targets.safetensors $(D)/train.safetensors
 	rb-invert $(word 2,$^) -m $< --mode class --seeds-from $(D)/train.safetensors --steps 60 --seed $(SEED) -o $@
 $(D)/%.units.safetensors: $(D)/%.safetensors $(D)/test.safetensors
@@ -197,6 +205,16 @@ $(D)/report.html: $(SCORES) $(PICTURES) $(foreach m,$(MODELS),$(D)/$(m).safetens
 $(D)/.sound: $(D)/report.html
 	rb-report $(SCORES) --title '$(DATA)' --require --clean $(CLEAN) --gap $(GAP) -o /dev/null
 	@touch $@
+
+# ---------------------------------------------------------------------------------------------------- clusters
+# cluster/study.sh submits the graph above to Slurm: it begins with `inputs`, and asks `knobs` for what is set and typed here.
+
+.PHONY: inputs knobs
+inputs: $(foreach f,train test maps targets,$(D)/$(f).safetensors) $(foreach k,train ball judge attack bounds,$(K)/$(k))
+
+KNOBS := D SHARDS MODELS EPSS METHODS TRAIN_OPTIONS STANDARD ROBUST JUDGE ATTACK MAP_OPTIONS INVERT
+knobs:
+	@$(foreach k,$(KNOBS),printf '%s\n' '$(k)=($($(k)))';)
 
 # ---------------------------------------------------------------------------------------------------- the control
 # Images with a planted cue that a standard model leans on and a robust one, of twice the cue's radius, cannot: metrics
@@ -314,6 +332,9 @@ $(L)/report.html: $(L)/link.jsonl $(LINK_PROOF)
 # A process per core, each of one thread.
 test: setup  ## the tests
 	OMP_NUM_THREADS=1 pytest -n $(shell nproc) --dist loadfile
+
+test-cluster: setup  ## the jobs of cluster/ in a real Slurm on this machine, which root installs by apt
+	tests/cluster/with-slurm pytest tests/cluster
 
 lint: setup  ## style and types
 	ruff format --check . && ruff check .

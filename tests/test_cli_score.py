@@ -33,6 +33,19 @@ def test_scores_merge(tmp_path: Path, stream_file: Path, model_file: Path) -> No
     assert twice.status == 3 and twice.err.count("\n") == 1
 
 
+def test_pooled_scores_print_what_the_whole_prints(tmp_path: Path, stream_file: Path, model_file: Path) -> None:
+    """The same bytes: order of records, of their keys and of bands, and every digit."""
+    maps = tmp_path / "maps.safetensors"
+    argv = ("rb-saliency", stream_file, "-m", model_file, "--method", "gradient", "-q", "-o", maps)
+    assert execute(*argv).status == 0
+    names = [tmp_path / f"{k}.rbs" for k in (1, 2, 3)]
+    for k, name in enumerate(names, 1):
+        assert execute("rb-score", maps, "-m", model_file, "--shard", f"{k}/3", "-o", name).status == 0
+    whole = execute("rb-score", maps, "-m", model_file)
+    assert whole.status == 0 and b'"band":{' in whole.out
+    assert execute("rb-score", *names).out == whole.out
+
+
 def test_gates(stream_file: Path, model_file: Path) -> None:
     value = records("-m", model_file, stream_file)["clean_accuracy", None]["value"]
     gates = {"clean_accuracy >= 0": 0, "clean_accuracy >= 1.5": 8, f"clean_accuracy >= {value}": 9, "nonsense": 2}

@@ -20,9 +20,10 @@ LONG = {
     "cifar10": "needs CIFAR-10",
     "fashion-mnist": "needs a package that not every machine has",
     "--download": "needs a network",
-    "sbatch": "needs Slurm",
+    "sbatch": "needs Slurm; tests/cluster runs the same",
+    "cluster/study.sh": "needs Slurm; tests/cluster runs it",
     "less": "needs a terminal",
-}
+} | ({} if shutil.which("parallel") else {"parallel": "GNU parallel is not installed: its examples were NOT run"})
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -67,7 +67,7 @@ def test_pages_and_completions_are_up_to_date() -> None:
 
 def test_every_command_has_a_page() -> None:
     names = {p.name for p in PAGES}
-    assert {f"{name}.1" for name in SCRIPTS} | {"rb-stream.5", "rbkit.7"} == names
+    assert {f"{name}.1" for name in SCRIPTS} | {"rb-stream.5", "rbkit.7", "rbkit-cluster.7"} == names
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -53,7 +53,7 @@ def _compare(first: Pool, second: Pool, *, confidence: float) -> list[dict[str, 
     (ids_a, columns_a), (ids_b, columns_b) = first.joined(), second.joined()
     shared = ids_a[torch.isin(ids_a, ids_b)]
     rows_a, rows_b = torch.searchsorted(ids_a, shared), torch.searchsorted(ids_b, shared)
-    names = [name for name in columns_a if name in columns_b and "@" not in name]
+    names = [name for name in METRICS if name in columns_a and name in columns_b]
     return [
         _record(name, shared, columns_a[name][rows_a], columns_b[name][rows_b], first, second, confidence=confidence)
         for name in names

@@ -80,10 +80,13 @@ class Pool:
         return len(self.seen) >= sum(known)
 
     def joined(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """(ids, columns) with rows in order of id, so that records do not depend on the order of arrival."""
+        """(ids, columns) with rows in order of id, so that records do not depend on the order of arrival.
+
+        Columns are in order of name, in which a stream of scores holds them.
+        """
         ids = torch.cat(self.ids)
         order = ids.argsort()
-        return ids[order], {name: torch.cat(parts)[order] for name, parts in self.columns.items()}
+        return ids[order], {name: torch.cat(parts)[order] for name, parts in sorted(self.columns.items())}
 
     def joined_features(self) -> dict[str, Tensor]:
         """Features of the sets with rows in order of id."""
@@ -95,7 +98,7 @@ class Pool:
         if not self.columns:
             return self._distances()
         ids, columns = self.joined()
-        names = [name for name in columns if "@" not in name]
+        names = [name for name in METRICS if name in columns]
         means = dict(
             zip(
                 columns,
@@ -195,7 +198,7 @@ class Pools:
 
     def of(self, about: dict[str, Any]) -> Pool:
         """The pool for `about`, made where there is none."""
-        return self.pools.setdefault(json.dumps(about, sort_keys=True), Pool(about))
+        return self.pools.setdefault(json.dumps(about, sort_keys=True), Pool(dict(sorted(about.items()))))
 
     def records(self, *, confidence: float = 0.95) -> list[dict[str, Any]]:
         """Records of all pools, then those of the worst case over attacks of the same ball."""

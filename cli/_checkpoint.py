@@ -82,9 +82,9 @@ def _tensors(state: State) -> dict[str, Tensor]:
     """Everything that training changes, under prefixed names."""
     found = {f"net.{name}": t for name, t in state.classifier.net.state_dict().items()}
     for name, parameter in state.classifier.named_parameters():
-        buffer = state.optimiser.state.get(parameter, {}).get("momentum_buffer")
-        if buffer is not None:
-            found[f"momentum.{name}"] = buffer
+        for key, tensor in state.optimiser.state.get(parameter, {}).items():
+            if tensor is not None:
+                found[f"optimiser.{key}.{name}"] = tensor
     if state.average is not None:
         found |= {f"average.{name}": t for name, t in state.average.net.state_dict().items()}
     return found | {f"best.{name}": t for name, t in state.best_weights.items()}
@@ -94,19 +94,20 @@ def _load(state: State, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
     import torch
 
     device = state.classifier.mean.device
-    groups: dict[str, dict[str, Tensor]] = {"net": {}, "momentum": {}, "average": {}, "best": {}}
+    groups: dict[str, dict[str, Tensor]] = {"net": {}, "optimiser": {}, "average": {}, "best": {}}
     for name, array in arrays.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = torch.from_numpy(array.copy()).to(device)
     state.classifier.net.load_state_dict(groups["net"])
     if state.average is not None:
         state.average.net.load_state_dict(groups["average"])
-    for name, parameter in state.classifier.named_parameters():
-        if name in groups["momentum"]:
-            # In the layout of the parameter, as the optimiser itself would have made it: the sums then agree bit by bit.
-            state.optimiser.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
-                groups["momentum"][name]
-            )
+    parameters = dict(state.classifier.named_parameters())
+    for place, tensor in groups["optimiser"].items():
+        key, _, name = place.partition(".")
+        parameter = parameters[name]
+        # In the layout of the parameter, as the optimiser itself would have made it: the sums then agree bit by bit.
+        kept = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor.cpu()
+        state.optimiser.state[parameter][key] = kept
     state.best_weights = groups["best"]
     state.epoch, state.step, state.best_epoch = meta["epoch"], meta["step"], meta["best_epoch"]
     state.best = meta["best"] if meta["best"] is not None else state.best

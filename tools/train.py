@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rbkit.tools import random
-from rbkit.tools.ascend import Batch, Context, Objective, Plan, ascend, drive
+from rbkit.tools.ascend import Batch, Context, Objective, Plan, ascend, counted, drive
 from rbkit.tools.attack import Attack, objective, pgd, random_start
-from rbkit.tools.augment import crop_flip
+from rbkit.tools.augment import crop_flip, resized
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.norms import NORMS
 
@@ -36,8 +36,11 @@ class Recipe:
     (Gaussian, `sigma` in [0, 1] pixels) or gradient-penalty (`beta` times the squared input gradient), which are
     controls: smooth, but not trained against an attack. norm, eps, steps, step_size: the inner attack, in [0, 1]
     pixels. eps_ramp: share of the steps over which eps and step_size rise from 0, which keeps a hard ball from
-    stalling the first epochs. attack_bn: `eval` (default) or `train`, as the paper does. schedule: `onecycle` (up over
-    `warmup` of the steps, then linearly to 0), `cosine` (to 0) or `constant`. ema: decay per step, 0 for none.
+    stalling the first epochs. attack_bn: `eval` (default) or `train`, as the paper does. attack_start: `random` or `clean`.
+    attack_keep: the `last` iterate is trained on, or `batch`, that of the highest mean loss over the batch; last_iterate
+    `unjudged` then leaves the one after the last step out (the paper has clean, batch and unjudged). schedule: `onecycle`
+    (up over `warmup` of the steps, then linearly to 0), `cosine` (to 0) or `constant`; schedule_epochs: its length, where
+    that is not `epochs`. clip_value: bound of each entry of the weights' gradient, 0 for none. ema: decay per step, 0 for none.
     """
 
     epochs: int
@@ -50,12 +53,18 @@ class Recipe:
     beta: float = 6.0
     sigma: float = 0.0
     attack_bn: str = "eval"
+    attack_start: str = "random"
+    attack_keep: str = "last"
+    last_iterate: str = "judged"
     batch: int = 128
+    optimizer: str = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
+    clip_value: float = 0.0
     schedule: str = "onecycle"
+    schedule_epochs: int | None = None
     warmup: float = 0.25
     augment: str = "crop-flip"
     ema: float = 0.0
@@ -103,8 +112,8 @@ def statistics(images: Tensor) -> tuple[list[float], list[float]]:
 
 
 def learning_rate(recipe: Recipe, step: int, total: int) -> float:
-    """The learning rate of `step` (from 0) of `total`; 0 is reached after the last step (T4)."""
-    done = step / total
+    """The learning rate of `step` (from 0) of `total`; 0 is reached after the last step (T4), unless the schedule is longer."""
+    done = step / total * (recipe.epochs / (recipe.schedule_epochs or recipe.epochs))
     if recipe.schedule == "constant":
         return recipe.lr
     if recipe.schedule == "cosine":
@@ -118,7 +127,7 @@ class State:
     """All that a run needs to go on: the live classifier, its optimiser, EMA weights and the position."""
 
     classifier: Classifier
-    optimiser: torch.optim.SGD
+    optimiser: torch.optim.Optimizer
     average: Classifier | None
     epoch: int = 0
     step: int = 0
@@ -140,12 +149,18 @@ class State:
 
 def begin(classifier: Classifier, recipe: Recipe) -> State:
     """A run before its first step."""
-    optimiser = torch.optim.SGD(
+    optimiser = _optimiser(classifier, recipe)
+    average = copy.deepcopy(classifier).requires_grad_(False) if recipe.ema else None
+    return State(classifier, optimiser, average)
+
+
+def _optimiser(classifier: Classifier, recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(classifier.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
         classifier.parameters(), lr=recipe.lr, momentum=recipe.momentum,
         nesterov=recipe.nesterov and recipe.momentum > 0, weight_decay=recipe.weight_decay,
     )  # fmt: skip
-    average = copy.deepcopy(classifier).requires_grad_(False) if recipe.ema else None
-    return State(classifier, optimiser, average)
 
 
 def _kl_objective(model: Callable[[Tensor], Tensor]) -> Objective:
@@ -176,7 +191,10 @@ class Inner:
         def start(ids: Tensor, clean: Tensor, restart: Tensor) -> Tensor:
             return begin_at(ids, clean, restart + epoch)
 
-        return Plan(norm, size * recipe.eps, size * recipe.step_size, recipe.steps, start=start)
+        return Plan(
+            norm, size * recipe.eps, size * recipe.step_size, counted(recipe.steps, recipe.last_iterate),
+            start=start if recipe.attack_start == "random" else None, keep=recipe.attack_keep,
+        )  # fmt: skip
 
     def __call__(self, images: Tensor, data: Data, *, epoch: int, done: float) -> Tensor:
         """Adversarial images of a batch (N, C, H, W); `done` is the share of all steps before this one."""
@@ -292,7 +310,9 @@ def steps_per_epoch(data: Data, recipe: Recipe) -> int:
 def _step(state: State, inner: Inner | None, batch: Data, recipe: Recipe, total: int) -> list[float]:
     lr, done = learning_rate(recipe, state.step, total), state.step / total
     images = as_float(batch.image)
-    if recipe.augment != "none":
+    if recipe.augment == "resized":
+        images = resized(images, batch.ids, seed=recipe.seed, epoch=state.epoch)
+    elif recipe.augment != "none":
         images = crop_flip(images, batch.ids, seed=recipe.seed, epoch=state.epoch, **AUGMENTS[recipe.augment])
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.amp):
@@ -306,6 +326,8 @@ def _step(state: State, inner: Inner | None, batch: Data, recipe: Recipe, total:
         group["lr"] = lr
     state.optimiser.zero_grad(set_to_none=True)
     loss.backward()
+    if recipe.clip_value:
+        torch.nn.utils.clip_grad_value_(state.classifier.parameters(), recipe.clip_value)
     state.optimiser.step()
     state.step += 1
     if state.average is not None:
@@ -332,7 +354,8 @@ def validate(classifier: Classifier, data: Data, recipe: Recipe) -> dict[str, fl
     if not bool(torch.isfinite(logits).all()):
         raise NumericError("the model gives NaN or infinite logits on held-out rows; try a smaller --lr")
     right = logits.argmax(1) == data.label
-    result = {"val_accuracy": float(right.double().mean())}
+    losses = F.cross_entropy(logits, data.label, reduction="none")
+    result = {"val_loss": float(losses.double().mean()), "val_accuracy": float(right.double().mean())}
     spec = validation_attack(recipe)
     if spec is not None:
         batch = Batch(data.ids, images, {"label": data.label}, skip=~right)

@@ -23,7 +23,7 @@ def view(
         typer.Option(
             "--metric",
             metavar="NAME",
-            help="Records: bars of this metric instead of accuracy curves.",
+            help="Records: bars of this metric instead of accuracy curves; models: accuracy (default) or loss.",
             show_default=False,
         ),
     ] = None,
@@ -46,7 +46,7 @@ def view(
         _curves(names, output, metric)
         return
     if names != ["-"] and output.lower().endswith(".png") and all(map(_is_model, names)):
-        _training(names, output)
+        _training(names, output, metric or "accuracy")
         return
     from rbkit.cli._pictures import PictureWriter
     from rbkit.formats.rows import RowChecker
@@ -93,12 +93,12 @@ def _is_model(name: str) -> bool:
         return next(iter(_io.reader(name))).meta["kind"] == "model"
 
 
-def _training(names: list[str], output: str) -> None:
+def _training(names: list[str], output: str, quantity: str) -> None:
     from rbkit.cli._compute import model_chunk
     from rbkit.formats.figures import training_curves
 
     with blame(Input, ValueError):
-        raw = training_curves([model_chunk(name).meta for name in names], form="png")
+        raw = training_curves([model_chunk(name).meta for name in names], quantity=quantity, form="png")
     _io.write_file(output, raw)
 
 

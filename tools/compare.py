@@ -85,11 +85,17 @@ def by_metric(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     return groups
 
 
+def of_one_attack(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Robust accuracies that stand on one scale: those of the norm and the attack that come first, worst cases apart."""
+    found = [r for r in records if r["metric"] == "robust_accuracy" and r.get("attack") != "worst"]
+    return [r for r in found if (r.get("norm"), r.get("attack")) == (found[0].get("norm"), found[0].get("attack"))]
+
+
 def accuracies(records: list[dict[str, Any]], *, standard: bool) -> dict[str, Any]:
     """Clean accuracy and robust accuracy by eps of the standard or the robust model, as records."""
     mine = [r for r in records if is_standard(r) == standard and r.get("kind") == "adversarial"]
     clean = next((r for r in mine if r["metric"] == "clean_accuracy"), None)
-    robust = {float(r["eps"]): r for r in mine if r["metric"] == "robust_accuracy" and r.get("attack") != "worst"}
+    robust = {float(r["eps"]): r for r in of_one_attack(mine)}
     return {"clean": clean, "robust": dict(sorted(robust.items()))}
 
 

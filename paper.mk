@@ -91,6 +91,8 @@ SELECT.sound = $(if $(filter $(small),$(DATA)),$(B)/val.safetensors)
 # How far a class image may go from its seed, and its step.
 GROW := $(if $(filter $(small),$(DATA)),--eps 40 --step-size 1,--eps 30 --step-size 0.5)
 AUTO := --attack auto $(if $(filter cpu,$(SCALE)),--steps 10 --queries 200)
+# Where a pair of models would decide nothing: see --clean and --gap of rb-report.
+BOUNDS := --clean $(if $(filter cpu,$(SCALE)),0.4:1,0.5:1) --gap 0.15
 # Metrics of maps; those that explain again cost as much as all the rest.
 MAPS := insertion,deletion,gini,alignment,completeness_error
 
@@ -249,7 +251,7 @@ SCALED := Scaled down for a CPU (SCALE=cpu): $(ARCH) instead of $(ARCH_$(DATA)_f
 LOSSY := The images come from a folder of pictures, which may be recompressed copies of the data set.
 NOTE := $(if $(filter cpu,$(SCALE)),$(strip $(SCALED))) $(if $(filter $(cifar),$(DATA)),$(if $(PICTURES),$(LOSSY)))
 REPORT = rb-report $^ --published $(PUBLISHED) --title "$(TITLE)" --note "$(strip $(NOTE))" \
-    --ours "ours$(if $(filter cpu,$(SCALE)), (SCALE=cpu))"
+    $(BOUNDS) --ours "ours$(if $(filter cpu,$(SCALE)), (SCALE=cpu))"
 
 TABLES := accuracy curves completeness inversion distance fid
 needs_accuracy     := robustness

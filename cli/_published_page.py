@@ -76,7 +76,9 @@ def _table(rows: list[dict[str, Any]], ours: str) -> str:
 def _amount(value: float | None, unit: str) -> str:
     if value is None:
         return "not published"
-    return f"{100 * value:.1f} %" if unit == "share" else f"{value:.3g}" if unit != "FID" else f"{value:.2f}"
+    if unit == "share":
+        return f"{100 * value:.{1 if value >= 0.01 else 2}f} %"
+    return f"{value:.4g}"
 
 
 def _ours(row: dict[str, Any]) -> str:

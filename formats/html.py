@@ -19,7 +19,7 @@ p.alarm { border-left-color: var(--red); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .86rem; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-td.long { white-space: normal; min-width: 14rem; }
+td.long { white-space: normal; min-width: 10rem; }
 th { color: var(--soft); font-weight: 600; }
 td.robust { color: var(--blue); font-weight: 600; } td.standard { color: var(--red); font-weight: 600; }
 td.open, td.measured { color: var(--soft); }

@@ -19,6 +19,17 @@ def test_view(tmp_path: Path) -> None:
     assert piped.status == 0 and piped.out.count(b"\x89PNG\r\n\x1a\n") == 3
 
 
+def test_curves_of_a_training(tmp_path: Path, model_file: Path) -> None:
+    for metric in ("accuracy", "loss"):
+        result = execute("rb-view", model_file, "--metric", metric, "-o", tmp_path / f"{metric}.png")
+        assert result.status == 0, result.err
+    assert (tmp_path / "accuracy.png").read_bytes() != (tmp_path / "loss.png").read_bytes()
+    result = execute("rb-view", model_file, "--metric", "gini", "-o", tmp_path / "no.png")
+    assert (
+        result.status == 3 and "curves of accuracy and loss, not of gini" in result.err and result.err.count("\n") == 1
+    )
+
+
 def test_check_and_replay(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     assert execute("rb-data", "shapes", "--n", 3, "--seed", 4, "-o", path).status == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import execute, shell
-from test_tools_train import data, fresh, recipe
+from test_tools_train import data, equal, fresh, recipe, weights
 from toys import C, K, convnet, evaluation, generator, images
 
 from rbkit.cli._checkpoint import Job
@@ -18,7 +18,7 @@ from rbkit.tools.ascend import Batch, Plan, ascend, climb, drive, polling
 from rbkit.tools.augment import resized
 from rbkit.tools.losses import cross_entropy
 from rbkit.tools.norms import L2
-from rbkit.tools.train import Inner, begin, learning_rate
+from rbkit.tools.train import Inner, begin, fit, learning_rate
 
 ROWS = 40  # more than a block of 32: each block has a mean of its own
 PLAN = Plan(L2, 2.0, 6.0, 4)  # steps so long that the mean loss goes up and down

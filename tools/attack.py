@@ -263,8 +263,6 @@ def prepare(evaluation: Evaluation, spec: Attack, batch: Batch, *, judge: Evalua
     label = batch.context.get("label", prediction)
     context = {"label": label}
     skip = label != prediction
-    if spec.keep == "batch":  # rows that are misclassified count in the mean too
-        skip = torch.zeros_like(skip)
     if spec.targeted:
         target = batch.context.get("target")
         context["target"] = (
@@ -279,6 +277,8 @@ def prepare(evaluation: Evaluation, spec: Attack, batch: Batch, *, judge: Evalua
     if earlier is not None:
         broken = skip | spec.goal(victim.logits)(earlier, context)[1]
     skip = skip if _measures(spec, judge) else broken
+    if spec.keep == "batch":  # rows that need no attack count in the mean all the same
+        skip = torch.zeros_like(skip)
     return Batch(batch.ids, batch.clean, context, skip, _Tag(batch.tag, prediction, earlier, broken))
 
 
@@ -346,8 +346,9 @@ class _Stage:
         if self.spec.name == "fab-t":  # a point outside the ball is no result
             fallback = batch.clean if known.earlier is None else known.earlier
             outcome.images = torch.where(reached[:, None, None, None], outcome.images, fallback)
-        if known.earlier is not None:
-            outcome.images[known.broken] = known.earlier[known.broken]
+        if known.earlier is not None or self.spec.keep == "batch":
+            before = batch.clean if known.earlier is None else known.earlier
+            outcome.images[known.broken] = before[known.broken]
         if self.judge is not None:
             reached = self.spec.goal(self.judge.logits)(outcome.images, batch.context)[1]
         target = batch.context["target"] if self.spec.targeted else None

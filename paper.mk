@@ -210,9 +210,9 @@ $$(B)/$(1)/%.images.jsonl: $$(B)/$(1)/%.inverted.safetensors $$(B)/$(1)/%.invert
 	rb-score $$(wordlist 1,4,$$^) -m $$(word 5,$$^) --judge $$(lastword $$^) --tag $(1) --json > $$@.tmp && mv $$@.tmp $$@
 
 $$(B)/$(1)/sheet-attacked.png: $$(foreach m,$$(MODELS),$$(B)/$(1)/$$(m).attacked.rbs)
-	rb-view $$^ --rows 12 -o $$@
+	rb-view $$^ --rows 12 --spread -o $$@
 $$(B)/$(1)/sheet-%.png: $$(foreach m,$$(MODELS),$$(B)/$(1)/$$(m).%.safetensors)
-	rb-view $$^ --rows 12 -o $$@
+	rb-view $$^ --rows 24 --spread -o $$@
 $$(B)/$(1)/accuracy.png: $$(foreach m,$$(MODELS),$$(B)/$(1)/$$(m).safetensors)
 	rb-view $$^ -o $$@
 $$(B)/$(1)/loss.png: $$(foreach m,$$(MODELS),$$(B)/$(1)/$$(m).safetensors)

@@ -15,6 +15,7 @@ from rbkit.cli._errors import CheckFailed, Input, Output, Usage, blame
 from rbkit.cli._options import Output as OutputFile
 from rbkit.cli._options import Quiet
 from rbkit.cli._study import Study
+from rbkit.formats.errors import FormatError
 
 BARS = ("insertion", "deletion", "relevance_mass", "pointing_game", "gini", "alignment", "max_sensitivity")
 WORDS = {
@@ -382,12 +383,19 @@ def _sheet_section(study: Study, sheets: list[str]) -> list[str]:
         stems = [Path(m).with_suffix("") for m, _ in study.models]
         ending = "rbs" if kind == "attacked" else "safetensors"
         sources = " ".join(f"{stem}.{kind}.{ending}" for stem in stems)
-        parts.append(
-            html.picture(
-                raw, caption=SHEETS.get(kind, kind), command=f"rb-view {sources} --rows 12 -o {Path(name).name}"
-            )
-        )
+        command = f"rb-view {sources} {_sheet_options(name)}-o {Path(name).name}"
+        parts.append(html.picture(raw, caption=SHEETS.get(kind, kind), command=command))
     return parts
+
+
+def _sheet_options(name: str) -> str:
+    """The options that a sheet was drawn with, as it says itself."""
+    from rbkit.formats import png
+
+    with blame(Input, FormatError, OSError):
+        drawn = png.open_picture(name).text.get("sheet") or {}
+    rows = f"--rows {drawn['rows']} " if "rows" in drawn else ""
+    return rows + ("--spread " if drawn.get("spread") else "")
 
 
 def _made_section(study: Study) -> list[str]:

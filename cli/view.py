@@ -18,6 +18,9 @@ from rbkit.formats.errors import FormatError
 def view(
     sources: Sources = None,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="The most rows of a contact sheet.")] = 24,
+    spread: Annotated[
+        bool, typer.Option("--spread", help="Rows of a contact sheet at even distances, instead of the first.")
+    ] = False,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -52,7 +55,7 @@ def view(
     from rbkit.formats.rows import RowChecker
 
     with blame(Input, OSError):
-        writer = PictureWriter(output, rows=rows)
+        writer = PictureWriter(output, rows=rows, spread=spread)
     for name in names:
         checker = RowChecker()
         for chunk in _io.chunks(name, max_document=max_document):

@@ -11,7 +11,8 @@ from conftest import execute, shell
 from PIL import Image
 from safetensors import numpy as st
 
-from rbkit.formats.folder import class_folders, decode_names, digest_line, pictures_of
+from rbkit.cli._sources import Manifest
+from rbkit.formats.folder import class_folders, decode_names, digest_line, encode_names, pictures_of
 from rbkit.tools.sample import drawn, splits
 
 CLASSES, PICTURES = 5, 9
@@ -106,6 +107,16 @@ def test_the_manifest_is_checked_by_sha256sum(tree: Path, tmp_path: Path) -> Non
     assert check.returncode == 0 and check.stdout.count(": OK") == 10, check.stdout + check.stderr
     rows = decode_names(st.load_file(tmp_path / "train.safetensors")["name"])
     assert [line.split("  ")[1] for line in (tmp_path / "train.sha256").read_text().splitlines()] == rows
+
+
+def test_a_manifest_gathers_the_parts_of_a_stream(tree: Path, tmp_path: Path) -> None:
+    listed = Manifest(str(tmp_path / "m.sha256"), {"paths": [str(tree)]})
+    names = [f"n0001/n0001_{i}.JPEG" for i in (4, 2, 7)]
+    listed.add(encode_names(names[:2]))
+    listed.add(encode_names(names[2:]))
+    assert not (tmp_path / "m.sha256").exists()
+    listed.write()
+    assert [line.split("  ")[1] for line in (tmp_path / "m.sha256").read_text().splitlines()] == names
 
 
 def test_strange_names_are_escaped_as_sha256sum_does(tmp_path: Path) -> None:

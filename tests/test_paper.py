@@ -32,7 +32,7 @@ def make(*words: str, dry: bool = True, file: str = "paper.mk") -> subprocess.Co
 # ------------------------------------------------------------------------------------------ the graph
 
 
-@pytest.mark.parametrize(("data", "scale"), itertools.product(DATA, ("cpu", "full")))
+@pytest.mark.parametrize(("data", "scale"), list(itertools.product(DATA, ("cpu", "full"))))
 def test_the_graph_stands_without_data(data: str, scale: str, tmp_path: Path) -> None:
     """All of it, for each profile: models, attacks, maps, inversions from three sources, class images, scores, a page."""
     whole = make("paper", f"DATA={data}", f"SCALE={scale}", f"OUT={tmp_path}")

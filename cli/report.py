@@ -10,7 +10,6 @@ import typer
 
 from rbkit.cli import _io, _link_page, _published_page, _values
 from rbkit.cli._app import program
-from rbkit.cli._compute import model_sha
 from rbkit.cli._errors import CheckFailed, Input, Output, Usage, blame
 from rbkit.cli._options import Output as OutputFile
 from rbkit.cli._options import Quiet
@@ -122,14 +121,7 @@ def _compared(study: Study, numbers: list[dict[str, Any]], *, ours: str, note: s
 
     parts = []
     for part in study.parts():
-        kinds = {r.get("model_sha"): r for r in part.records}
-        trained = [
-            record
-            for _, meta in part.models
-            for record in training_records(
-                meta.get("epochs") or [], {"train_eps": kinds.get(model_sha(meta), {}).get("train_eps"), "n": 0}
-            )
-        ]
+        trained = [record for _, meta in part.models for record in training_records(meta)]
         parts.append((part.tag, compared(numbers, part.records + trained)))
     return _published_page.sections(parts, ours=ours, note=note)
 
@@ -163,9 +155,8 @@ def _page(
         ]
     parts += compared
     for part in study.parts():
-        parts += _pair_sections(
-            part, bounds, folder if part.tag is None or folder is None else str(Path(folder) / part.tag)
-        )
+        own = folder if folder is None or part.tag is None else str(Path(folder) / part.tag)
+        parts += _pair_sections(part, bounds, own)
     shown = [_sheet_section(part, part.sheets) for part in study.parts()]
     rest = [name for name in study.sheets if all(name not in part.sheets for part in study.parts())]
     sheets = [line for section in [*shown, _sheet_section(study, rest)] for line in section]

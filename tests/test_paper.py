@@ -189,8 +189,12 @@ def test_a_difference_counts_where_intervals_do_not_touch() -> None:
 
 def test_curves_are_numbers_too() -> None:
     epochs = [{"epoch": e, "val_accuracy": a, "train_loss": 1.0} for e, a in ((1, 0.5), (2, 0.7), (3, 0.6))]
-    found = {r["statistic"]: r["value"] for r in training_records(epochs, {"train_eps": 0.5})}
-    assert found == {"best": 0.7, "best_epoch": 2, "last": 0.6}
+    records = training_records({"epochs": epochs, "recipe": {"eps": 0.5}})
+    assert {r["statistic"]: r["value"] for r in records} == {"best": 0.7, "best_epoch": 2, "last": 0.6}
+    numbers = [line for line in published("cifar10") if line["id"] in ("E2 last clean", "E1 best clean")]
+    rows = {row["id"]: row for row in compared(numbers, records)}
+    assert rows["E2 last clean"]["ours"]["value"] == 0.6 and rows["E1 best clean"]["verdict"] == "not measured"
+    assert rows["E2 last clean"]["verdict"] == "no interval"
 
 
 # ------------------------------------------------------------------------------------------ the page

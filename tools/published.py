@@ -76,16 +76,18 @@ def changes(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -
     return rows
 
 
-def training_records(epochs: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The `best`, its `best_epoch` and the `last` value of each curve of a training, as records without intervals."""
+def training_records(model: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The `best`, its `best_epoch` and the `last` value of each curve of a training, as records without intervals.
+
+    model: the metadata of its file.
+    """
+    about = {"kind": "training", "train_eps": (model.get("recipe") or {}).get("eps"), "low": None, "high": None}
     found = []
     for metric in CURVES:
-        points = [(record["epoch"], record[metric]) for record in epochs if metric in record]
+        points = [(record["epoch"], record[metric]) for record in model.get("epochs") or [] if metric in record]
         if not points:
             continue
         epoch, best = max(points, key=lambda point: point[1])
         for statistic, value in (("best", best), ("best_epoch", epoch), ("last", points[-1][1])):
-            found.append(
-                {**about, "kind": "training", "metric": metric, "statistic": statistic, "value": value, "low": None, "high": None}
-            )  # fmt: skip
+            found.append({**about, "metric": metric, "statistic": statistic, "value": value})
     return found

@@ -110,9 +110,10 @@ def _changes(
     from rbkit.tools.published import changes
 
     rows = changes(first[1], second[1])
-    told = [row for row in rows if row["verdict"] != "open"]
+    known = [row for row in rows if row["verdict"] != "no interval"]
+    told = [row for row in known if row["verdict"] != "open"]
     said = (
-        f"{note} Of {len(rows)} numbers that both have, {len(told)} differ beyond their 95 % intervals from {first[0]} to "
+        f"{note} Of {len(known)} numbers with intervals that both have, {len(told)} differ beyond these from {first[0]} to "
         f"{second[0]}. A difference is that of the whole protocol: recipe, selection and measurement together."
     )
     cells = [

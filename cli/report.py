@@ -306,6 +306,15 @@ def _number(record: dict[str, Any]) -> str:
     return f"{record['value']:.3g}{interval}"
 
 
+def _of(record: dict[str, Any]) -> str:
+    """The method of a map, or the mode of an inversion and where it began."""
+    if record.get("method"):
+        return str(record["method"])
+    params = record.get("params") or {}
+    begun = f" from {params['start']}" if "start" in params else ""
+    return f"{record.get('mode')}{begun}" + (f", seed {params['seed']}" if params.get("seed") else "")
+
+
 def _map_section(study: Study, folder: str | None) -> list[str]:
     from rbkit.formats import figures, html
     from rbkit.tools.compare import interpretability, paired
@@ -316,7 +325,7 @@ def _map_section(study: Study, folder: str | None) -> list[str]:
         chance = (robust.get("band") or {}).get("random", robust.get("floor"))
         arrow = "higher" if robust["better"] == "higher" else "lower"
         rows.append([
-            row["metric"].replace("_", " "), str(robust.get("method") or robust.get("mode")), _number(standard), _number(robust),
+            row["metric"].replace("_", " "), _of(robust), _number(standard), _number(robust),
             "" if chance is None else f"{chance:.3g}", arrow, str(robust["n"]), row["verdict"],
         ])  # fmt: skip
     heads = ["metric", "of", "standard (95 %)", "robust (95 %)", "chance", "better", "n", "verdict"]

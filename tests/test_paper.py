@@ -184,6 +184,8 @@ def test_a_difference_counts_where_intervals_do_not_touch() -> None:
     rows = {row["id"]: row for row in changes(one, two)}
     assert rows["E2 pgd l2"]["verdict"] == "higher" and rows["E2 pgd l2"]["difference"] == pytest.approx(0.06)
     assert rows["E2 clean"]["verdict"] == "open" and rows["E2 fid"]["difference"] == 0 and "E1 fid" not in rows
+    bare = [{**row, "ours": {**row["ours"], "low": None}} if row["ours"] else row for row in two]
+    assert {row["id"]: row["verdict"] for row in changes(one, bare)}["E2 pgd l2"] == "no interval"
     assert {row["id"]: row["verdict"] for row in changes(two, one)}["E2 pgd l2"] == "lower"
 
 

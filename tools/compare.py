@@ -11,8 +11,11 @@ ROBUSTNESS = ("clean_accuracy", "robust_accuracy", "robust_accuracy_png", "minim
 
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What a record is of, apart from the model. Paths refined to another error are of something else."""
-    return (*(record.get(name) for name in SUBJECT), (record.get("params") or {}).get("tolerance"))
+    """What a record is of, apart from the model. Paths refined to another error are of something else, and so are
+    inversions begun elsewhere."""
+    params = record.get("params") or {}
+    begun = (params.get("start"), params.get("seed")) if record.get("kind") == "inversions" else ()
+    return (*(record.get(name) for name in SUBJECT), params.get("tolerance"), *begun)
 
 
 def is_standard(record: dict[str, Any]) -> bool:

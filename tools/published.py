@@ -64,7 +64,7 @@ def compared(published: Sequence[dict[str, Any]], records: Sequence[dict[str, An
 
 def changes(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Numbers that both of two studies have, rows of `compared` in one order: `first`, `second`, `difference` and
-    `verdict`: `higher` or `lower` in the second where the intervals do not touch, else `open`."""
+    `verdict`: `higher` or `lower` in the second where the intervals do not touch, `open` where they do, or `no interval`."""
     rows = []
     for one, two in zip(first, second, strict=True):
         pair = (one["ours"], two["ours"]) if one["ours"] and two["ours"] else (one["other"], two["other"])
@@ -72,6 +72,8 @@ def changes(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -
             continue
         difference = pair[1]["value"] - pair[0]["value"]
         told = ("higher" if difference > 0 else "lower") if separated(*pair) else "open"
+        if any(record.get(end) is None for record in pair for end in ("low", "high")):
+            told = "no interval"
         rows.append({**one, "first": pair[0], "second": pair[1], "difference": difference, "verdict": told})
     return rows
 

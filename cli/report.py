@@ -25,6 +25,7 @@ WORDS = {
     "pixel_error": "pixel error of inversion", "low_frequency_error": "low-frequency error of inversion", "ssim": "structural similarity of inversion",
     "own_accuracy": "own recognition of made images", "judge_accuracy": "recognition of made images by a judge",
 }  # fmt: skip
+MODES = {"representation": "inversion", "class": "class image", "feature": "unit"}
 SHEETS = {
     "attacked": "Adversarial images: clean image, then for each radius the attacked image and the difference; first the standard, then the robust model.",
     "gradient": "Gradients of the predicted logit: standard, then robust model.",
@@ -311,8 +312,10 @@ def _of(record: dict[str, Any]) -> str:
     if record.get("method"):
         return str(record["method"])
     params = record.get("params") or {}
-    begun = f" from {params['start']}" if "start" in params else ""
-    return f"{record.get('mode')}{begun}" + (f", seed {params['seed']}" if params.get("seed") else "")
+    begun = f", {params['start']}" if "start" in params else ""
+    return f"{MODES.get(record.get('mode'), record.get('mode'))}{begun}" + (
+        f", seed {params['seed']}" if params.get("seed") else ""
+    )
 
 
 def _map_section(study: Study, folder: str | None) -> list[str]:

@@ -2,6 +2,7 @@
 #
 #   make study                             the embedded data, 6 to 8 minutes on 2 cores
 #   make study DATA=fashion-mnist          real data; cifar10 and folder need ROOT=DIR
+#   make paper DATA=cifar10 ROOT=DIR       the paper's study, whose graph and knobs are in paper.mk
 #   make test                              the tests
 
 DATA   ?= shapes
@@ -326,6 +327,17 @@ $(L)/link.jsonl: $(LINK_MAIN) $(LINK_CONTROLS)
 	rb-link $(LINK_MAIN) $(foreach f,$(LINK_CONTROLS),--controls $(f)) --figures $(L)/figures/ --json --quiet > $@.tmp && mv $@.tmp $@
 $(L)/report.html: $(L)/link.jsonl $(LINK_PROOF)
 	rb-report $^ $(L)/figures/*.svg --title 'the link on $(DATA)' --clean $(CLEAN) -o $@
+
+# ---------------------------------------------------------------------------------------------------- the paper
+# DATA=shapes, the default of the other targets, is none of the paper's.
+
+PAPER = $(MAKE) --no-print-directory -f paper.mk $@ DATA=$(if $(filter file,$(origin DATA)),cifar10,$(DATA))
+
+.PHONY: paper
+paper: setup  ## the paper's study, published against ours: DATA=cifar10|small-imagenet-150 PROFILE= SCALE= ROOT=
+	@+$(PAPER)
+paper-%: setup
+	@+$(PAPER)
 
 # ---------------------------------------------------------------------------------------------------- tests
 

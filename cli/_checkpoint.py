@@ -1,4 +1,4 @@
-"""Checkpoints of rb-train: one safetensors file with weights, momentum, averages, position and the job's identity."""
+"""Checkpoints of rb-train: one safetensors file with weights, optimiser, averages, position and the job's identity."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def _tensors(state: State) -> dict[str, Tensor]:
     """Everything that training changes, under prefixed names."""
     found = {f"net.{name}": t for name, t in state.classifier.net.state_dict().items()}
     for name, parameter in state.classifier.named_parameters():
-        buffer = state.optimiser.state.get(parameter, {}).get("momentum_buffer")
-        if buffer is not None:
-            found[f"momentum.{name}"] = buffer
+        for key, tensor in state.optimiser.state.get(parameter, {}).items():
+            if tensor is not None:
+                found[f"optimiser.{key}.{name}"] = tensor
     if state.average is not None:
         found |= {f"average.{name}": t for name, t in state.average.net.state_dict().items()}
     return found | {f"best.{name}": t for name, t in state.best_weights.items()}
@@ -111,19 +111,20 @@ def _load(state: State, tensors: dict[str, Tensor], position: dict[str, Any]) ->
     import torch
 
     device = state.classifier.mean.device
-    groups: dict[str, dict[str, Tensor]] = {"net": {}, "momentum": {}, "average": {}, "best": {}}
+    groups: dict[str, dict[str, Tensor]] = {"net": {}, "optimiser": {}, "average": {}, "best": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = tensor.to(device)
     state.classifier.net.load_state_dict(groups["net"])
     if state.average is not None:
         state.average.net.load_state_dict(groups["average"])
-    for name, parameter in state.classifier.named_parameters():
-        if name in groups["momentum"]:
-            # In the layout of the parameter, as the optimiser itself would have made it: the sums then agree bit by bit.
-            state.optimiser.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
-                groups["momentum"][name]
-            )
+    parameters = dict(state.classifier.named_parameters())
+    for place, tensor in groups["optimiser"].items():
+        key, _, name = place.partition(".")
+        parameter = parameters[name]
+        # In the layout of the parameter, as the optimiser itself would have made it: the sums then agree bit by bit.
+        kept = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor.cpu()
+        state.optimiser.state[parameter][key] = kept
     state.best_weights = groups["best"]
     state.epoch, state.step, state.best_epoch = position["epoch"], position["step"], position["best_epoch"]
     state.best = position["best"] if position["best"] is not None else state.best

@@ -298,6 +298,10 @@ class Folder:
     def __init__(self, path: str, *, no_clobber: bool) -> None:
         self.path, self.no_clobber = Path(path), no_clobber
 
+    def inside(self, name: str) -> Folder:
+        """A folder in it."""
+        return Folder(str(self.path / name), no_clobber=self.no_clobber)
+
     def write(self, name: str, content: bytes) -> None:
         """Put a file there. Raises: Output."""
         with blame(Output, OSError):

@@ -18,10 +18,11 @@ SHEET_ROWS = 24
 
 
 class PictureWriter:
-    """A writer of streams that draws them. `rows`: the most rows of a sheet."""
+    """A writer of streams that draws them. `rows`: the most rows of a sheet, the first of each stream or, with `spread`,
+    as many at even distances."""
 
-    def __init__(self, output: str, *, rows: int = SHEET_ROWS, no_clobber: bool = False) -> None:
-        self.output, self.limit, self.no_clobber = output, rows, no_clobber
+    def __init__(self, output: str, *, rows: int = SHEET_ROWS, spread: bool = False, no_clobber: bool = False) -> None:
+        self.output, self.limit, self.spread, self.no_clobber = output, rows, spread, no_clobber
         self.kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.streams: list[int] = []
         self.seen = 0
@@ -41,17 +42,27 @@ class PictureWriter:
             self.seen += 1
             one = {name: array[row] for name, array in arrays.items()}
             if self.output.lower().endswith(".png"):
-                if self.streams[-1] < self.limit:
+                if self._wanted(meta, row):
                     self.kept.append((one, dict(meta)))
                     self.streams[-1] += 1
             else:
                 self._single(one, meta)
 
+    def _wanted(self, meta: Mapping[str, Any], row: int) -> bool:
+        """Whether a row of this part of a stream goes on the sheet."""
+        if not self.spread:
+            return self.streams[-1] < self.limit
+        total, place = meta.get("total"), int(meta.get("first") or 0) + row
+        if not isinstance(total, int):
+            raise Usage("--spread needs the total number of rows, which this input does not tell")
+        return place * self.limit // total > (place - 1) * self.limit // total
+
     def close(self) -> None:
         """Write the sheet."""
         if self.output.lower().endswith(".png"):
-            raw = png.encode(self._sheet(), text=_text(self.kept[0][1] if self.kept else {}))
-            _io.write_file(self.output, raw, no_clobber=self.no_clobber)
+            made = {"sheet": {"rows": self.limit, "spread": self.spread}}
+            text = _text(self.kept[0][1] if self.kept else {}) | made
+            _io.write_file(self.output, png.encode(self._sheet(), text=text), no_clobber=self.no_clobber)
 
     def _single(self, one: dict[str, Any], meta: Mapping[str, Any]) -> None:
         raw = picture(one, meta)

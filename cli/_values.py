@@ -26,6 +26,15 @@ def numbers(text: str, *, option: str, low: float = 0.0, high: float = math.inf)
     return [number(part, option=option, low=low, high=high) for part in text.split(",")]
 
 
+def counts(text: str, *, option: str) -> tuple[int, int, int]:
+    """TRAIN,VAL,TEST, such as 600,50,60, not all of them 0."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(p.isdecimal() for p in parts) or not any(map(int, parts)):
+        raise Usage(f"{option}: got {text!r}, expected three counts such as 600,50,60")
+    train, val, test = map(int, parts)
+    return train, val, test
+
+
 def choice(text: str, allowed: Sequence[str], *, option: str) -> str:
     """One of `allowed`."""
     if text not in allowed:

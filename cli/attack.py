@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 Models = tuple[Model, Model | None]  # the attacked one, and the surrogate that images are made on
 NAMES = ("fgsm", "pgd", "apgd-ce", "apgd-dlr", "apgd-t", "square", "fab-t", "auto")
 LOSSES = ("ce", "margin", "dlr")
+KEEPS = ("best", "batch", "last")
 APGD = ("apgd-ce", "apgd-dlr", "apgd-t")
 TAKES = {  # options that not every attack has, and those that have them
     "steps": ("fgsm", "pgd", *APGD, "fab-t", "auto"),  # fgsm: recorded, and of no effect
@@ -53,6 +54,8 @@ TAKES = {  # options that not every attack has, and those that have them
     "start": ("fgsm", "pgd", *APGD),
     "loss": ("fgsm", "pgd"),
     "targeted": ("fgsm", "pgd"),
+    "keep": ("pgd",),
+    "last_iterate": ("pgd",),
 }
 
 
@@ -137,6 +140,24 @@ def attack(
             show_default=False,
         ),
     ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            "--keep",
+            metavar="|".join(KEEPS),
+            help="pgd: the best iterate of each example (default), that of the highest mean loss over the block, as the paper does, or the last.",
+            show_default=False,
+        ),
+    ] = None,
+    last_iterate: Annotated[
+        str | None,
+        typer.Option(
+            "--last-iterate",
+            metavar="judged|unjudged",
+            help="pgd: unjudged leaves the iterate after the last step out, as the paper does.",
+            show_default=False,
+        ),
+    ] = None,
     surrogate: Annotated[
         str | None,
         typer.Option(
@@ -198,9 +219,15 @@ def _radii(options: dict[str, Any]) -> list[float]:
     """The radii, after all options were checked."""
     _values.choice(options["attack"], NAMES, option="--attack")
     _values.choice(options["norm"], ("l2", "linf"), option="--norm")
-    for name, allowed in (("loss", LOSSES), ("until", ("broken", "end")), ("start", ("random", "clean"))):
+    for name, allowed in (
+        ("loss", LOSSES),
+        ("until", ("broken", "end")),
+        ("start", ("random", "clean")),
+        ("keep", KEEPS),
+        ("last_iterate", ("judged", "unjudged")),
+    ):
         if options[name] is not None:
-            _values.choice(options[name], allowed, option=f"--{name}")
+            _values.choice(options[name], allowed, option=f"--{name.replace('_', '-')}")
     for name, takers in TAKES.items():
         if options[name] not in (None, False) and options["attack"] not in takers:
             raise Usage(f"--{name.replace('_', '-')} goes with --attack {', '.join(takers)}, not {options['attack']}")
@@ -208,6 +235,8 @@ def _radii(options: dict[str, Any]) -> list[float]:
         raise Usage(
             "--surrogate goes to the end: it is not told when the attacked model breaks; leave out --until broken"
         )
+    if options["keep"] in ("batch", "last") and options["until"] == "broken":
+        raise Usage(f"--keep {options['keep']} takes all steps; leave out --until broken")
     _values.block(options["block"])
     if options["target"] is not None and not options["targeted"]:
         raise Usage("--target goes with --targeted")
@@ -222,7 +251,7 @@ def _spec(options: dict[str, Any], eps: float, classes: int) -> Attack:
     """The attack with its own defaults filled in, and what so few classes make of it."""
     from rbkit.tools.attack import ATTACKS
 
-    given = ("steps", "queries", "start", "loss", "until")
+    given = ("steps", "queries", "start", "loss", "until", "keep", "last_iterate")
     extra = {name: options[name] for name in given if options[name] is not None}
     if options["targeted"]:
         extra["targeted"] = True
@@ -230,7 +259,7 @@ def _spec(options: dict[str, Any], eps: float, classes: int) -> Attack:
         extra["step_size"] = _values.number(options["step_size"], option="--step-size")
     if options["attack"] == "fgsm":
         extra = {name: value for name, value in extra.items() if name not in ("steps", "step_size")}
-    if options["surrogate"] is not None:
+    if options["surrogate"] is not None or options["keep"] in ("batch", "last"):
         extra["until"] = "end"
     spec = ATTACKS[options["attack"]](
         norm=options["norm"], eps=eps, seed=options["seed"], restarts=options["restarts"], **extra
@@ -262,7 +291,8 @@ def _attack_stream(
     judge = None if surrogate is None else victim.evaluation(options["block"])
     rows = _admitted(checked(stream, victim), spec, quiet=options["quiet"])
     first = next(rows)
-    options = {**options, "refill": options["refill"] and not _slots_matter(maker, evaluation, first, options)}
+    refill = spec.keep != "batch" and options["refill"] and not _slots_matter(maker, evaluation, first, options)
+    options = {**options, "refill": refill}
     ahead = _io.ReadAhead(itertools.chain([first], rows))
     inputs = {} if surrogate is None else {"surrogate": side_digest(surrogate.path)}
     history = _history.entry("rb-attack", _recorded(options, spec), model=victim.sha, inputs=inputs)

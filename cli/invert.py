@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 MODES = ("representation", "class", "feature")
 OPTIMIZERS = ("normalised", "plain", "adam")
 STARTS = ("noise", "mean", "seeds", "image")
+KEEPS = ("best", "batch", "last")
 TOP = 3
 
 
@@ -117,6 +118,22 @@ def invert(
         str, typer.Option("--eps", metavar="X", help="L2 radius around the start; 1000: the box alone bounds.")
     ] = "1000",
     restarts: Annotated[int, typer.Option("--restarts", metavar="N", min=1, help="Best of N starts, per example.")] = 1,
+    keep: Annotated[
+        str,
+        typer.Option(
+            "--keep",
+            metavar="|".join(KEEPS),
+            help="The best iterate of each example, that of the best mean over the block, as the paper does for class images, or the last.",
+        ),
+    ] = "best",
+    last_iterate: Annotated[
+        str,
+        typer.Option(
+            "--last-iterate",
+            metavar="judged|unjudged",
+            help="unjudged leaves the iterate after the last step out, as the paper does.",
+        ),
+    ] = "judged",
     fake_relu: Annotated[
         bool, typer.Option("--fake-relu", help="Let gradients through the last ReLU, as the paper does.")
     ] = False,
@@ -169,6 +186,8 @@ def _spec(options: dict[str, Any]) -> Inversion:
     from rbkit.tools.invert import STEP_SIZES, Inversion
 
     _values.choice(options["optimizer"], OPTIMIZERS, option="--optimizer")
+    _values.choice(options["keep"], KEEPS, option="--keep")
+    _values.choice(options["last_iterate"], ("judged", "unjudged"), option="--last-iterate")
     if options["step_size"] is None:
         options["step_size"] = str(STEP_SIZES[options["optimizer"]])
     _values.choice(options["mode"], MODES, option="--mode")
@@ -188,6 +207,7 @@ def _spec(options: dict[str, Any]) -> Inversion:
         step_size=_values.number(options["step_size"], option="--step-size"), eps=_values.number(options["eps"], option="--eps"),
         restarts=options["restarts"], objective=options["objective"], fake_relu=options["fake_relu"], seed=options["seed"],
         optimizer=options["optimizer"], tv=_values.number(options["tv"], option="--tv"),
+        keep=options["keep"], last_iterate=options["last_iterate"],
     )  # fmt: skip
 
 

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from rbkit.cli import _io, _link_page, _values
+from rbkit.cli import _io, _link_page, _published_page, _values
 from rbkit.cli._app import program
 from rbkit.cli._errors import CheckFailed, Input, Usage, blame
 from rbkit.cli._options import NoClobber, Quiet
 from rbkit.cli._options import Output as OutputFile
+from rbkit.cli._study import Study
 from rbkit.formats.errors import FormatError
 
 BARS = ("insertion", "deletion", "relevance_mass", "pointing_game", "gini", "alignment", "max_sensitivity")
@@ -24,6 +25,7 @@ WORDS = {
     "pixel_error": "pixel error of inversion", "low_frequency_error": "low-frequency error of inversion", "ssim": "structural similarity of inversion",
     "own_accuracy": "own recognition of made images", "judge_accuracy": "recognition of made images by a judge",
 }  # fmt: skip
+MODES = {"representation": "inversion", "class": "class image", "feature": "unit"}
 SHEETS = {
     "attacked": "Adversarial images: clean image, then for each radius the attacked image and the difference; first the standard, then the robust model.",
     "gradient": "Gradients of the predicted logit: standard, then robust model.",
@@ -32,6 +34,8 @@ SHEETS = {
     "shap": "Expected gradients (SHAP): standard, then robust model.",
     "inverted": "Inverted representations: the image, then start and inversion for the standard and the robust model.",
     "classes": "Class images grown from Gaussian seeds: seed and result for the standard and the robust model.",
+    "inverted-1": "Inverted representations, begun at another test image.",
+    "inverted-2": "Inverted representations, begun at a second other image.",
     "units": "Units before the head: the most exciting test image, then what excites the unit most, for both models.",
 }
 
@@ -65,6 +69,26 @@ def report(
         str | None,
         typer.Option("--figures", metavar="DIR/", help="Keep the figures as PNG, SVG and PDF too.", show_default=False),
     ] = None,
+    published: Annotated[
+        str | None,
+        typer.Option(
+            "--published",
+            metavar="FILE",
+            help="Published numbers to stand beside ours, as JSON lines.",
+            show_default=False,
+        ),
+    ] = None,
+    table: Annotated[
+        str | None,
+        typer.Option(
+            "--table", metavar="NAME", help="--published: this table alone, and nothing else.", show_default=False
+        ),
+    ] = None,
+    note: Annotated[
+        str,
+        typer.Option("--note", metavar="TEXT", help="What a reader must know of the numbers; said with each table."),
+    ] = "",
+    ours: Annotated[str, typer.Option("--ours", metavar="TEXT", help="--published: head of our column.")] = "ours",
     output: OutputFile = "-",
     no_clobber: NoClobber = False,
     quiet: Quiet = False,
@@ -76,10 +100,16 @@ def report(
         "clean": (_values.number(low, option="--clean"), _values.number(high or "1", option="--clean")),
         "gap": gap,
     }
-    study = _Study(sources)
-    study.eps = _radius(study)
-    folder = None if figures is None else _io.Folder(figures, no_clobber=no_clobber)
-    page = _page(study, title, bounds, folder)
+    if table is not None and published is None:
+        raise Usage("--table goes with --published FILE")
+    study = Study(sources)
+    numbers = [] if published is None else _published_page.read_published(published, table=table)
+    compared = _compared(study, numbers, ours=ours, note=note) if numbers else []
+    if table is None:
+        folder = None if figures is None else _io.Folder(figures, no_clobber=no_clobber)
+        page = _page(study, title, bounds, folder, note=note, compared=compared)
+    else:
+        page = _framed(title, [*_noted(note), *compared])
     if output == "-" and sys.stdout.isatty():
         raise Usage("a page is too long for a terminal; use -o report.html")
     _io.write_file(output, page, no_clobber=no_clobber)
@@ -89,95 +119,68 @@ def report(
             raise CheckFailed("; ".join(reasons))
 
 
-class _Study:
-    """All that the page is made from."""
+def _compared(study: Study, numbers: list[dict[str, Any]], *, ours: str, note: str) -> list[str]:
+    """Published numbers beside those of each part of the study."""
+    from rbkit.tools.published import compared, training_records
 
-    def __init__(self, sources: list[str]) -> None:
-        from rbkit.cli._compute import model_chunk
-
-        self.records: list[dict[str, Any]] = []
-        self.control: list[dict[str, Any]] = []  # records of images with a planted cue
-        self.link: list[dict[str, Any]] = []  # records of rb-link
-        self.files: list[str] = []
-        self.models: list[tuple[str, dict[str, Any]]] = []
-        self.sheets: list[str] = []
-        self.drawn: list[str] = []  # figures of rb-link
-        self.eps = 0.0
-        for name in sources:
-            if name.endswith(".png"):
-                self.sheets.append(name)
-            elif name.endswith(".svg"):
-                self.drawn.append(name)
-            elif name.endswith((".jsonl", ".json")):
-                self._read(name)
-            else:
-                self.models.append((name, model_chunk(name).meta))
-        if not self.records and not self.link:
-            raise Input("no records; give .jsonl files of rb-score, or of rb-link")
-
-    def _read(self, name: str) -> None:
-        from rbkit.formats.table import read_records
-        from rbkit.tools.compare import is_cued
-
-        with blame(Input, FormatError, OSError):
-            found = read_records(Path(name))
-        plain = [r for r in found if not is_cued(r) and not _link_page.is_link(r)]
-        self.control += [r for r in found if is_cued(r)]
-        self.link += [r for r in found if _link_page.is_link(r)]
-        self.records += plain
-        if plain:
-            self.files.append(name)
-
-    def failings(self, bounds: dict[str, Any]) -> list[str]:
-        """Why the population or the two models are worthless, if they are."""
-        return self.population_failings(bounds) + self.pair_failings(bounds)
-
-    def population_failings(self, bounds: dict[str, Any]) -> list[str]:
-        """Why the population is worthless, if it is."""
-        from rbkit.tools.compare import population_failings
-
-        return population_failings(self.link, clean=bounds["clean"])
-
-    def pair_failings(self, bounds: dict[str, Any]) -> list[str]:
-        """Why the comparison of two models is worthless, if it is."""
-        from rbkit.tools.compare import failings
-
-        return failings(self.records, eps=self.eps, **bounds) if self.records else []
+    parts = []
+    for part in study.parts():
+        trained = [record for _, meta in part.models for record in training_records(meta)]
+        parts.append((part.tag, compared(numbers, part.records + trained)))
+    return _published_page.sections(parts, ours=ours, note=note)
 
 
-def _radius(study: _Study) -> float:
-    """The radius at which the answer is given: that of the robust model's training, or the middle one attacked."""
-    radii = sorted(
-        {float(r["eps"]) for r in study.records if r.get("metric") == "robust_accuracy" and r.get("eps") is not None}
-    )
-    trained = [float(r["train_eps"]) for r in study.records if r.get("train_eps")]
-    if trained and trained[0] in radii:
-        return trained[0]
-    return radii[len(radii) // 2] if radii else 0.0
-
-
-def _page(study: _Study, title: str, bounds: dict[str, Any], folder: _io.Folder | None) -> bytes:
+def _noted(note: str) -> list[str]:
     from rbkit.formats import html
 
-    parts = [html.heading("Does robust training make a classifier more interpretable?", level=1)]
+    return [html.paragraph(note, kind="answer alarm")] if note else []
+
+
+def _framed(title: str, parts: list[str]) -> bytes:
+    """A page under the question that it is about."""
+    from rbkit.formats import html
+
+    head = html.heading("Does robust training make a classifier more interpretable?", level=1)
+    return html.page(f"rbkit: {title}", [head, html.paragraph(f"{title}; every interval is 95 %.", kind="sub"), *parts])
+
+
+def _page(
+    study: Study, title: str, bounds: dict[str, Any], folder: _io.Folder | None, *, note: str, compared: list[str]
+) -> bytes:
+    from rbkit.formats import html
+
+    parts = _noted(note)
     if study.link:
         parts += [
-            html.paragraph(f"{title}: a population of models; every interval is 95 %.", kind="sub"),
+            html.paragraph("A population of models.", kind="sub"),
             html.paragraph(_link_page.answer(study.link), kind="answer"),
             *_alarm("This population decides nothing", study.population_failings(bounds)),
             *_link_page.sections(study.link, study.drawn),
         ]
-    if study.records:
-        parts += _pair_sections(study, title, bounds, folder)
-    return html.page(f"rbkit: {title}", parts + _control_section(study) + _sheet_section(study) + _made_section(study))
+    parts += compared
+    for part in study.parts():
+        own = folder if folder is None or part.tag is None else folder.inside(part.tag)
+        parts += _pair_sections(part, bounds, own)
+    shown = [_sheet_section(part, part.sheets) for part in study.parts()]
+    rest = [name for name in study.sheets if all(name not in part.sheets for part in study.parts())]
+    sheets = [line for section in [*shown, _sheet_section(study, rest)] for line in section]
+    return _framed(title, parts + _control_section(study) + sheets + _made_section(study))
 
 
-def _pair_sections(study: _Study, title: str, bounds: dict[str, Any], folder: _io.Folder | None) -> list[str]:
+def _headed(study: Study, text: str) -> str:
+    """A heading that says which of several studies it is about."""
+    from rbkit.formats import html
+
+    return html.heading(text if study.tag is None else f"{text}: {study.tag}")
+
+
+def _pair_sections(study: Study, bounds: dict[str, Any], folder: _io.Folder | None) -> list[str]:
     """One standard and one robust model: the answer, accuracy and maps."""
     from rbkit.formats import html
 
-    about = f"{title}: one standard and one adversarially trained model; every interval is 95 %."
-    parts = [html.paragraph(about, kind="sub"), html.paragraph(answer(study), kind="answer")]
+    parts = [] if study.tag is None else [_headed(study, "The two models")]
+    parts.append(html.paragraph("One standard and one adversarially trained model.", kind="sub"))
+    parts.append(html.paragraph(answer(study), kind="answer"))
     parts += _alarm("This study decides nothing", study.pair_failings(bounds))
     return parts + _accuracy_section(study, folder) + _flag_section(study) + _map_section(study, folder)
 
@@ -196,7 +199,7 @@ def _share(record: dict[str, Any] | None) -> str:
     return f"{100 * record['value']:.1f} %{interval}"
 
 
-def answer(study: _Study) -> str:
+def answer(study: Study) -> str:
     """The study's answer in one paragraph with numbers."""
     from rbkit.tools.compare import accuracies, by_metric, interpretability, paired
 
@@ -227,16 +230,25 @@ def answer(study: _Study) -> str:
     )
 
 
-def _accuracy_section(study: _Study, folder: _io.Folder | None) -> list[str]:
+def _accuracy_section(study: Study, folder: _io.Folder | None) -> list[str]:
     from rbkit.formats import figures, html
 
     rows = [
-        [figures.model_name(r), r["metric"].replace("_", " "), f"{r['norm']} {r['eps']:g}", _share(r), str(r["n"])]
+        [
+            figures.model_name(r),
+            r["metric"].replace("_", " "),
+            f"{r.get('attack')} {r['norm']} {r['eps']:.4g}",
+            _share(r),
+            str(r["n"]),
+        ]
         for r in study.records
         if r.get("kind") == "adversarial"
         and r["metric"] in ("clean_accuracy", "robust_accuracy", "robust_accuracy_png")
     ]
-    parts = [html.heading("Accuracy"), html.table(["model", "metric", "attack", "accuracy (95 %)", "n"], _unique(rows))]
+    parts = [
+        _headed(study, "Accuracy"),
+        html.table(["model", "metric", "attack", "accuracy (95 %)", "n"], _unique(rows)),
+    ]
     files = " ".join(study.files)
     parts.append('<div class="pair">')
     parts += _figure(lambda form: figures.accuracy_curves(study.records, form=form), "accuracy", folder,
@@ -244,10 +256,12 @@ def _accuracy_section(study: _Study, folder: _io.Folder | None) -> list[str]:
     names = " ".join(name for name, _ in study.models)
     parts += _figure(lambda form: figures.training_curves([m for _, m in study.models], form=form), "training", folder,
                      "Validation accuracy during training.", f"rb-view {names} -o training.png")  # fmt: skip
+    parts += _figure(lambda form: figures.training_curves([m for _, m in study.models], quantity="loss", form=form), "loss",
+                     folder, "Loss during training.", f"rb-view --metric loss {names} -o loss.png")  # fmt: skip
     return [*parts, "</div>"]
 
 
-def _flag_section(study: _Study) -> list[str]:
+def _flag_section(study: Study) -> list[str]:
     """Signs of gradient masking and of failed attacks, where rb-score --flags looked for them; those that fire first."""
     from rbkit.formats import figures, html
 
@@ -262,7 +276,7 @@ def _flag_section(study: _Study) -> list[str]:
     ]  # fmt: skip
     said = f"{fired} of {len(found)} checks fire." if fired else f"None of {len(found)} checks fires."
     heads = ["model", "flag", "attack", "value", "limit", "", "found"]
-    return [html.heading("Red flags"), html.paragraph(said), html.table(heads, rows)]
+    return [_headed(study, "Red flags"), html.paragraph(said), html.table(heads, rows)]
 
 
 def _unique(rows: list[list[str]]) -> list[list[str]]:
@@ -294,7 +308,18 @@ def _number(record: dict[str, Any]) -> str:
     return f"{record['value']:.3g}{interval}"
 
 
-def _map_section(study: _Study, folder: _io.Folder | None) -> list[str]:
+def _of(record: dict[str, Any]) -> str:
+    """The method of a map, or the mode of an inversion and where it began."""
+    if record.get("method"):
+        return str(record["method"])
+    params = record.get("params") or {}
+    begun = f", {params['start']}" if "start" in params else ""
+    return f"{MODES.get(str(record.get('mode')), record.get('mode'))}{begun}" + (
+        f", seed {params['seed']}" if params.get("seed") else ""
+    )
+
+
+def _map_section(study: Study, folder: _io.Folder | None) -> list[str]:
     from rbkit.formats import figures, html
     from rbkit.tools.compare import interpretability, paired
 
@@ -304,11 +329,11 @@ def _map_section(study: _Study, folder: _io.Folder | None) -> list[str]:
         chance = (robust.get("band") or {}).get("random", robust.get("floor"))
         arrow = "higher" if robust["better"] == "higher" else "lower"
         rows.append([
-            row["metric"].replace("_", " "), str(robust.get("method") or robust.get("mode")), _number(standard), _number(robust),
+            row["metric"].replace("_", " "), _of(robust), _number(standard), _number(robust),
             "" if chance is None else f"{chance:.3g}", arrow, str(robust["n"]), row["verdict"],
         ])  # fmt: skip
     heads = ["metric", "of", "standard (95 %)", "robust (95 %)", "chance", "better", "n", "verdict"]
-    parts = [html.heading("Interpretability"), html.table(heads, rows, marked=7)]
+    parts = [_headed(study, "Interpretability"), html.table(heads, rows, marked=7)]
     parts.append(
         html.paragraph(
             "Chance is a random map on the same images, and for the Frechet distance the images begun with. A verdict is given "
@@ -324,7 +349,7 @@ def _map_section(study: _Study, folder: _io.Folder | None) -> list[str]:
     return [*parts, "</div>"]
 
 
-def _control_section(study: _Study) -> list[str]:
+def _control_section(study: Study) -> list[str]:
     """Whether each metric tells a model that leans on a planted cue from one that does not."""
     from rbkit.formats import html
     from rbkit.tools.compare import control_failings, swap_losses, validated
@@ -350,26 +375,34 @@ def _control_section(study: _Study) -> list[str]:
     return [*parts, html.table(heads, rows)]
 
 
-def _sheet_section(study: _Study) -> list[str]:
+def _sheet_section(study: Study, sheets: list[str]) -> list[str]:
+    """Sheets with the commands that remake them of the streams beside the study's models."""
     from rbkit.formats import html
 
-    parts = [html.heading("Pictures")] if study.sheets else []
-    for name in study.sheets:
+    parts = [_headed(study, "Pictures")] if sheets else []
+    for name in sheets:
         kind = Path(name).stem.removeprefix("sheet-")
         with blame(Input, OSError):
             raw = Path(name).read_bytes()
         stems = [Path(m).with_suffix("") for m, _ in study.models]
         ending = "rbs" if kind == "attacked" else "safetensors"
         sources = " ".join(f"{stem}.{kind}.{ending}" for stem in stems)
-        parts.append(
-            html.picture(
-                raw, caption=SHEETS.get(kind, kind), command=f"rb-view {sources} --rows 12 -o {Path(name).name}"
-            )
-        )
+        command = f"rb-view {sources} {_sheet_options(name)}-o {Path(name).name}"
+        parts.append(html.picture(raw, caption=SHEETS.get(kind, kind), command=command))
     return parts
 
 
-def _made_section(study: _Study) -> list[str]:
+def _sheet_options(name: str) -> str:
+    """The options that a sheet was drawn with, as it says itself."""
+    from rbkit.formats import png
+
+    with blame(Input, FormatError, OSError):
+        drawn = png.open_picture(name).text.get("sheet") or {}
+    rows = f"--rows {drawn['rows']} " if "rows" in drawn else ""
+    return rows + ("--spread " if drawn.get("spread") else "")
+
+
+def _made_section(study: Study) -> list[str]:
     from rbkit.cli.info import replay_lines
     from rbkit.formats import html
 

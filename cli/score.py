@@ -86,6 +86,15 @@ def score(
     flags: Annotated[
         bool, typer.Option("--flags", help="Red flags of masked gradients and failed attacks; status 8 if one fires.")
     ] = False,
+    tag: Annotated[
+        str | None,
+        typer.Option(
+            "--tag",
+            metavar="TEXT",
+            help="A word in every record, by which rb-report tells studies apart.",
+            show_default=False,
+        ),
+    ] = None,
     per_example: Annotated[
         bool, typer.Option("--per-example", help="One line per image instead: name, prediction, values.")
     ] = False,
@@ -153,7 +162,8 @@ def _finish(run: Judge, gates: list[_gates.Gate], options: dict[str, Any]) -> No
     if options["output"] is not None:
         _keep(run, options)
     flagged: list[dict[str, Any]] = [] if run.flags is None else run.flags.records(run.pools)
-    _table.put(records + flagged, json_=options["json_"])
+    named = {} if options["tag"] is None else {"tag": options["tag"]}
+    _table.put([record | named for record in records + flagged], json_=options["json_"])
     _flags.refuse_fired(flagged)
     left = [r for r in records if r["metric"] == "ball_violation" and r["value"]]
     if gates:
@@ -182,7 +192,7 @@ def _records(run: Judge, options: dict[str, Any], *, confidence: float = 0.95) -
 def _keep(run: Judge, options: dict[str, Any]) -> None:
     """The values per example, one stream per pool."""
     entry = _history.entry(
-        "rb-score", {k: v for k, v in options.items() if k not in ("judge", "background", "expect", "flags")}
+        "rb-score", {k: v for k, v in options.items() if k not in ("judge", "background", "expect", "flags", "tag")}
     )
     with _io.Sink(options["output"], no_history=options["no_history"], no_clobber=options["no_clobber"]) as sink:
         for pool in run.pools.pools.values():

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 METHODS = ("standard", "pgd", "fgsm", "trades", "noise", "gradient-penalty")
 ROBUST = ("pgd", "fgsm", "trades")  # = tools.recipe.ROBUST, which would cost torch to import here
 SCHEDULES = ("onecycle", "cosine", "constant")
-AUGMENTS = ("crop-flip", "crop", "flip", "none")
+AUGMENTS = ("crop-flip", "crop", "flip", "resized", "none")
 SELECTS = ("mean", "clean", "robust", "last")
 # What the processes after the first leave to it: files, and words.
 FOLLOWING = {"output": "-", "last": None, "log": None, "init": None, "resume": False, "quiet": True}
@@ -101,6 +101,28 @@ def train(
             "--attack-bn", metavar="eval|train", help="BatchNorm during the inner attack; train is the paper's."
         ),
     ] = "eval",
+    attack_start: Annotated[
+        str,
+        typer.Option(
+            "--attack-start", metavar="random|clean", help="First iterate of the inner attack; clean is the paper's."
+        ),
+    ] = "random",
+    attack_keep: Annotated[
+        str,
+        typer.Option(
+            "--attack-keep",
+            metavar="last|batch",
+            help="Train on its last iterate, or on that of the highest mean loss over the batch, as the paper does.",
+        ),
+    ] = "last",
+    last_iterate: Annotated[
+        str,
+        typer.Option(
+            "--last-iterate",
+            metavar="judged|unjudged",
+            help="--attack-keep batch: unjudged leaves the iterate after the last step out, as the paper does.",
+        ),
+    ] = "judged",
     epochs: Annotated[
         int, typer.Option("--epochs", metavar="N", min=0, help="Passes over the data; 0 keeps the fresh weights.")
     ] = 8,
@@ -115,22 +137,41 @@ def train(
             show_default=False,
         ),
     ] = None,
+    optimizer: Annotated[str, typer.Option("--optimizer", metavar="sgd|adam", help="What takes the steps.")] = "sgd",
     lr: Annotated[float, typer.Option("--lr", metavar="X", min=0, help="Largest learning rate.")] = 0.1,
     momentum: Annotated[float, typer.Option("--momentum", metavar="X", min=0, max=1, help="Of SGD.")] = 0.9,
     nesterov: Annotated[bool, typer.Option("--nesterov/--no-nesterov", help="Nesterov's momentum.")] = True,
     weight_decay: Annotated[
         float, typer.Option("--weight-decay", metavar="X", min=0, help="L2 penalty on all weights.")
     ] = 5e-4,
+    clip_value: Annotated[
+        float,
+        typer.Option("--clip-value", metavar="X", min=0, help="Bound of each entry of the weights' gradient; 0: none."),
+    ] = 0.0,
     schedule: Annotated[
         str, typer.Option("--schedule", metavar="|".join(SCHEDULES), help="onecycle and cosine end at 0.")
     ] = "onecycle",
+    schedule_epochs: Annotated[
+        int | None,
+        typer.Option(
+            "--schedule-epochs",
+            metavar="N",
+            min=1,
+            help="Length of the schedule, of which --epochs may be a part; default --epochs.",
+            show_default=False,
+        ),
+    ] = None,
     warmup: Annotated[
         float,
         typer.Option("--warmup", metavar="X", min=0.01, max=0.99, help="onecycle: share of the steps spent rising."),
     ] = 0.25,
     augment: Annotated[
         str,
-        typer.Option("--augment", metavar="|".join(AUGMENTS), help="Random crop with padding 4, mirroring, or both."),
+        typer.Option(
+            "--augment",
+            metavar="|".join(AUGMENTS),
+            help="Random crop with padding 4, mirroring, or both; resized: a random part at full size, mirrored and turned.",
+        ),
     ] = "crop-flip",
     ema: Annotated[
         float,
@@ -227,9 +268,19 @@ def _recipe(options: dict[str, Any]) -> Recipe:
         ("augment", AUGMENTS),
         ("select", SELECTS),
         ("norm", ("l2", "linf")),
+        ("optimizer", ("sgd", "adam")),
+        ("attack_bn", ("eval", "train")),
+        ("attack_start", ("random", "clean")),
+        ("attack_keep", ("last", "batch")),
+        ("last_iterate", ("judged", "unjudged")),
     ):
-        _values.choice(options[name], allowed, option=f"--{name}")
-    _values.choice(options["attack_bn"], ("eval", "train"), option="--attack-bn")
+        _values.choice(options[name], allowed, option=f"--{name.replace('_', '-')}")
+    if options["last_iterate"] == "unjudged" and options["attack_keep"] != "batch":
+        raise Usage("--last-iterate unjudged goes with --attack-keep batch; the last iterate alone is never judged")
+    if options["schedule_epochs"] is not None and options["schedule_epochs"] < options["epochs"]:
+        raise Usage(
+            f"--schedule-epochs {options['schedule_epochs']}: shorter than the {options['epochs']} epochs of training"
+        )
     radius = _values.number(options["eps"], option="--eps")
     method = options["method"] or ("pgd" if radius else "standard")
     _values.choice(method, METHODS, option="--method")

@@ -20,12 +20,15 @@ from rbkit.formats.errors import FormatError
 def view(
     sources: Sources = None,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="The most rows of a contact sheet.")] = 24,
+    spread: Annotated[
+        bool, typer.Option("--spread", help="Rows of a contact sheet at even distances, instead of the first.")
+    ] = False,
     metric: Annotated[
         str | None,
         typer.Option(
             "--metric",
             metavar="NAME",
-            help="Records: bars of this metric instead of accuracy curves.",
+            help="Records: bars of this metric instead of accuracy curves; models: accuracy (default) or loss.",
             show_default=False,
         ),
     ] = None,
@@ -50,13 +53,13 @@ def view(
         _io.write_file(output, _curves(names, output, metric), no_clobber=no_clobber)
         return
     if names != ["-"] and output.lower().endswith(".png") and all(map(_is_model, names)):
-        _io.write_file(output, _training(names), no_clobber=no_clobber)
+        _io.write_file(output, _training(names, metric or "accuracy"), no_clobber=no_clobber)
         return
     from rbkit.cli._pictures import PictureWriter
     from rbkit.formats.rows import RowChecker
 
     with blame(Output, OSError):
-        writer = PictureWriter(output, rows=rows, no_clobber=no_clobber)
+        writer = PictureWriter(output, rows=rows, spread=spread, no_clobber=no_clobber)
     for name in names:
         checker = RowChecker()
         for chunk in watched(_io.chunks(name, max_document=max_document), tool="rb-view", quiet=True, unit="rows"):
@@ -96,12 +99,12 @@ def _is_model(name: str) -> bool:
         return next(iter(_io.reader(name))).meta["kind"] == "model"
 
 
-def _training(names: list[str]) -> bytes:
+def _training(names: list[str], quantity: str) -> bytes:
     from rbkit.cli._compute import model_chunk
     from rbkit.formats.figures import training_curves
 
     with blame(Input, ValueError):
-        return training_curves([model_chunk(name).meta for name in names], form="png")
+        return training_curves([model_chunk(name).meta for name in names], quantity=quantity, form="png")
 
 
 main = program("rb-view", view)

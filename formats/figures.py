@@ -69,11 +69,12 @@ def by_model(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]
 def accuracy_curves(records: Sequence[dict[str, Any]], *, form: str) -> bytes:
     """Robust accuracy against eps, one line per model, with 95 % intervals; eps 0 is the clean accuracy.
 
-    Raises: ValueError when no record is a robust accuracy.
+    Of several attacks or norms those of the first record are drawn. Raises: ValueError when no record is a robust accuracy.
     """
     chosen = [r for r in records if r.get("metric") == "robust_accuracy" and r.get("eps") is not None]
     if not chosen:
         raise ValueError("no robust_accuracy among the records; curves need rb-score of attacked streams")
+    chosen = [r for r in chosen if (r.get("norm"), r.get("attack")) == (chosen[0].get("norm"), chosen[0].get("attack"))]
     figure, axes = _figure()
     for number, (sha, group) in enumerate(by_model(chosen).items()):
         points = {float(r["eps"]): r for r in group}
@@ -122,8 +123,18 @@ def metric_bars(records: Sequence[dict[str, Any]], metric: str, *, form: str) ->
     return render(figure, form=form)
 
 
-def training_curves(models: Sequence[dict[str, Any]], *, form: str) -> bytes:
-    """Validation accuracy, clean (solid) and under attack (dashed), against the epoch. Raises: ValueError without any."""
+CURVES: dict[str, tuple[tuple[str, str, str], ...]] = {  # (key of an epoch's record, style, word)
+    "accuracy": (("val_accuracy", "-", "clean"), ("val_robust_accuracy", "--", "robust")),
+    "loss": (("train_loss", ":", "training"), ("val_loss", "-", "clean")),
+}
+
+
+def training_curves(models: Sequence[dict[str, Any]], *, quantity: str = "accuracy", form: str) -> bytes:
+    """Validation accuracy, clean (solid) and under attack (dashed), against the epoch; as `loss` that of training (dotted,
+    on what was trained on) and of clean validation. Raises: ValueError without any, or for another quantity.
+    """
+    if quantity not in CURVES:
+        raise ValueError(f"models have curves of {' and '.join(CURVES)}, not of {quantity}")
     figure, axes = _figure()
     drawn = False
     for number, meta in enumerate(models):
@@ -137,7 +148,7 @@ def training_curves(models: Sequence[dict[str, Any]], *, form: str) -> bytes:
                 "train_seed": recipe.get("seed"),
             }
         )
-        for key, style, word in (("val_accuracy", "-", "clean"), ("val_robust_accuracy", "--", "robust")):
+        for key, style, word in CURVES[quantity]:
             points = [(r["epoch"], r[key]) for r in epochs if key in r]
             if points:
                 drawn = True
@@ -151,7 +162,8 @@ def training_curves(models: Sequence[dict[str, Any]], *, form: str) -> bytes:
                 )
     if not drawn:
         raise ValueError("no model has a validation record")
-    axes.set(xlabel="epoch", ylabel="validation accuracy", ylim=(0, 1))
+    axes.set(xlabel="epoch", ylabel="validation accuracy" if quantity == "accuracy" else "cross-entropy (nats)")
+    axes.set_ylim(0, 1 if quantity == "accuracy" else None)
     axes.legend(frameon=False, fontsize=8)
     return render(figure, form=form)
 

@@ -122,7 +122,7 @@ def files(
             rows["label"] = labels[indices]
         return rows
 
-    ids = np.array([path_id(name) for name in names], np.int64)
+    ids = path_ids(names)
     lossy = any(path.suffix.lower() in LOSSY for path in paths)
     return DataSet(ids, fetch, classes, lossy=lossy, carved=carved)
 
@@ -130,6 +130,41 @@ def files(
 def _pictures(folder: Path) -> list[Path]:
     found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
     return sorted(found, key=lambda p: os.fsencode(p))
+
+
+def path_ids(names: Sequence[str]) -> np.ndarray:
+    """`path_id` of each name, int64 (N,)."""
+    return np.array([path_id(name) for name in names], np.int64)
+
+
+def class_root(root: Path) -> Path:
+    """Where the class folders of a tree like ImageNet's are: ROOT/train if there is one, else ROOT."""
+    return root / "train" if (root / "train").is_dir() else root
+
+
+def class_folders(root: Path) -> list[str]:
+    """Sorted names of the class folders. Raises: FormatError where there are none, OSError."""
+    shown = printable(os.fspath(root), limit=200)
+    if not root.is_dir():
+        raise FormatError(f"{shown}: no folder; expected CLASS/PICTURE or train/CLASS/PICTURE in it")
+    names = sorted((p.name for p in root.iterdir() if p.is_dir()), key=os.fsencode)
+    if not names:
+        raise FormatError(f"{shown}: no class folders; expected CLASS/PICTURE or train/CLASS/PICTURE")
+    return names
+
+
+def pictures_of(root: Path, name: str) -> list[str]:
+    """Sorted names, from `root`, of the pictures of one class."""
+    return [os.fspath(path.relative_to(root)) for path in _pictures(root / name)]
+
+
+def digest_line(root: Path, name: str) -> bytes:
+    """A line as sha256sum(1) writes it for a file below `root`. Raises: OSError."""
+    with (root / name).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    raw = os.fsencode(name)
+    escaped = raw.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
+    return (b"\\" if escaped != raw else b"") + digest.encode() + b"  " + escaped + b"\n"
 
 
 def image_folder(

@@ -17,12 +17,14 @@ p.sub { color: var(--soft); margin: 0 0 1.2rem; }
 p.answer { font-size: 1.1rem; background: #f4f7fa; border-left: 4px solid var(--blue); padding: .9rem 1.1rem; margin: 1rem 0; }
 p.alarm { border-left-color: var(--red); }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .86rem; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-td.long { white-space: normal; min-width: 14rem; }
+table { border-collapse: collapse; font-size: .82rem; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+td.long { white-space: normal; min-width: 10rem; }
 th { color: var(--soft); font-weight: 600; }
 td.robust { color: var(--blue); font-weight: 600; } td.standard { color: var(--red); font-weight: 600; }
-td.open { color: var(--soft); }
+td.open, td.measured, td.interval { color: var(--soft); }
+td.inside { color: #2d6a1f; font-weight: 600; } td.above, td.below { font-weight: 600; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; display: block; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 0 1.5rem; }
 figcaption code { font-size: .72rem; overflow-wrap: anywhere; }

@@ -7,6 +7,9 @@ from pathlib import Path
 from conftest import execute, shell
 from PIL import Image
 
+from rbkit.cli._pictures import PictureWriter
+from rbkit.formats.png import open_picture
+
 
 def test_view(tmp_path: Path) -> None:
     assert execute("rb-data", "shapes", "--n", 3, "-o", tmp_path / "s.safetensors").status == 0
@@ -17,6 +20,37 @@ def test_view(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").rglob("*.png"))) == 3
     piped = execute("rb-view", tmp_path / "s.safetensors")
     assert piped.status == 0 and piped.out.count(b"\x89PNG\r\n\x1a\n") == 3
+
+
+def test_rows_of_a_sheet_spread_over_the_stream(tmp_path: Path, stream_file: Path) -> None:
+    """3 of 40 rows, at even distances: another sheet than that of the first 3, and it says how it was drawn."""
+    found = {}
+    for name, options in {"first": ["--rows", 3], "even": ["--rows", 3, "--spread"]}.items():
+        assert execute("rb-view", stream_file, *options, "-o", tmp_path / f"{name}.png").status == 0
+        found[name] = open_picture(str(tmp_path / f"{name}.png"))
+        assert found[name].text["sheet"] == {"rows": 3, "spread": name == "even"}
+    assert found["first"].pixels.shape == found["even"].pixels.shape
+    assert (found["first"].pixels != found["even"].pixels).any()
+
+
+def test_even_rows_do_not_depend_on_how_a_stream_is_cut() -> None:
+    """Of 8 rows in parts of 3 and 5 the ones at 0, 3 and 6; of 2 rows both."""
+    writer = PictureWriter("x.png", rows=3, spread=True)
+    meta = {"kind": "images", "total": 8}
+    rows = [writer._wanted(meta | {"first": first}, row) for first, count in ((0, 3), (3, 5)) for row in range(count)]
+    assert [place for place, wanted in enumerate(rows) if wanted] == [0, 3, 6]
+    assert all(writer._wanted({"kind": "images", "total": 2, "first": 0}, row) for row in range(2))
+
+
+def test_curves_of_a_training(tmp_path: Path, model_file: Path) -> None:
+    for metric in ("accuracy", "loss"):
+        result = execute("rb-view", model_file, "--metric", metric, "-o", tmp_path / f"{metric}.png")
+        assert result.status == 0, result.err
+    assert (tmp_path / "accuracy.png").read_bytes() != (tmp_path / "loss.png").read_bytes()
+    result = execute("rb-view", model_file, "--metric", "gini", "-o", tmp_path / "no.png")
+    assert (
+        result.status == 3 and "curves of accuracy and loss, not of gini" in result.err and result.err.count("\n") == 1
+    )
 
 
 def test_check_and_replay(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ PAGES = sorted((ROOT / "man").glob("*.[157]"))
 SCRIPTS = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"])
 LONG = {
     "make study": "minutes; .ci/run and a fresh clone run it",
+    "make paper": "minutes to days, and images that are not here; tests/test_paper.py has its graph",
     "make test": "this very run",
     "make setup": "installs packages",
     "cifar10": "needs CIFAR-10",

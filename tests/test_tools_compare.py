@@ -199,3 +199,30 @@ def test_a_metric_is_validated_on_true_cues_alone():
     assert {row["metric"]: row["tells"] for row in validated(records)} == {
         "gini": "yes", "deletion": "no", "insertion": "open",
     }  # fmt: skip
+
+
+def test_inversions_are_paired_where_they_began_alike():
+    begun = {
+        "noise": {"start": "noise", "seed": 0},
+        "image": {"start": "image", "seed": 0},
+        "other": {"start": "image", "seed": 1},
+    }
+    records = [
+        record("latent_error", value, robust=robust, kind="inversions", mode="representation", params=begun[name])
+        for robust, values in ((False, (0.1, 0.2, 0.3)), (True, (0.4, 0.5, 0.6)))
+        for name, value in zip(begun, values, strict=True)
+    ]
+    assert [round(row["difference"], 6) for row in paired(records)] == [0.3, 0.3, 0.3]
+    maps = [record("gini", 0.5, robust=robust, method="ig", params={"seed": int(robust)}) for robust in (False, True)]
+    assert len(paired(maps)) == 1
+
+
+def test_accuracies_are_those_of_one_attack_and_norm():
+    """Others, also at the same radius, stand on another scale."""
+    about = ({"attack": "pgd", "norm": "l2", "eps": 0.5}, {"attack": "auto", "norm": "l2", "eps": 0.5},
+             {"attack": "pgd", "norm": "linf", "eps": 0.03})  # fmt: skip
+    records = [
+        record("robust_accuracy", v, kind="adversarial", **a) for v, a in zip((0.6, 0.5, 0.4), about, strict=True)
+    ]
+    found = accuracies(records, standard=True)["robust"]
+    assert {eps: r["value"] for eps, r in found.items()} == {0.5: 0.6}

@@ -300,6 +300,9 @@ def test_errors_of_inversions_are_their_formulas():
     expected = (toys.linear()(other).argmax(1) == TARGET).double().tolist()
     assert value("judge_accuracy", replace(given, label=TARGET, judge=judge)) == expected
     assert expected != value("own_accuracy", replace(given, label=TARGET))
+    # The linear judge's features are the pixels.
+    expected = [float(np.linalg.norm(d)) for d in difference]
+    assert value("feature_distance", replace(given, judge=judge)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(5, 6, 5), (12, 14, 11), (4, 9, 3)])

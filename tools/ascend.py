@@ -41,7 +41,8 @@ class Plan:
 
     norm, eps, step_size: the ball and the length of a step, in [0, 1] pixel units. steps: gradients per restart.
     start(ids, clean, restart): first iterate, None for the clean image. stop: leave as soon as the goal is reached.
-    keep: `best` iterate (reached before value) or the `last`. box: clip to [0, 1].
+    keep: `best` iterate of each row (reached before value), the `last`, or `batch`: that of the highest mean value over
+    the block, as the paper's code does; its slots must be at the same step. box: clip to [0, 1].
     """
 
     norm: Norm
@@ -57,6 +58,11 @@ class Plan:
     def slots(self, objective: Objective, like: Batch, *, block: int) -> Slots:
         """A block of slots that climb so, for rows such as those of `like`."""
         return Climb(objective, self, like, block=block)
+
+
+def counted(steps: int, last_iterate: str | None) -> int:
+    """Steps that count: an iterate after the last step that is left `unjudged` is a step not taken."""
+    return steps - (last_iterate == "unjudged")
 
 
 @dataclass
@@ -232,8 +238,7 @@ class Climb(Slots):
         plan = self.plan
         climbing = self.active & (self.step < plan.steps)
         value, reached, gradient = self.evaluate(climbing)
-        better = self.active if plan.keep == "last" else self.improved(value, reached)
-        self.keep(better, self.now, value, reached)
+        self.keep(self._better(value, reached), self.now, value, reached)
         ended = self.active & (self.step >= plan.steps)
         done = ended & (self.restart + 1 >= plan.restarts)
         if plan.stop:
@@ -242,6 +247,14 @@ class Climb(Slots):
             self._move(climbing & ~done, gradient)
         self.begin_again(ended & ~done)
         return self.leave(done)
+
+    def _better(self, value: Tensor, reached: Tensor) -> Tensor:
+        """Slots whose iterate is to be kept, bool (B,)."""
+        if self.plan.keep == "last":
+            return self.active
+        if self.plan.keep == "batch":
+            return self.active & (value[self.active].mean() > self.best.value[self.active].mean())
+        return self.improved(value, reached)
 
     def _move(self, moving: Tensor, gradient: Tensor) -> None:
         self.now = torch.where(moving[:, None, None, None], self.moved(gradient), self.now)
@@ -403,11 +416,26 @@ def ascend(objective: Objective, plan: Plan, batch: Batch, *, block: int) -> Out
 
 
 def drive(objective: Objective, plan: Plan, batch: Batch) -> Tensor:
-    """The iterate after the last step, unjudged, for all rows at once: the inner problem of adversarial training."""
+    """The iterate after the last step, unjudged, for all rows at once: the inner problem of adversarial training.
+
+    Where the plan keeps `batch`, the iterate of the highest mean value over the rows instead.
+    """
     zero = torch.zeros(len(batch), dtype=torch.int64, device=batch.clean.device)
     now = batch.clean if plan.start is None else plan.start(batch.ids, batch.clean, zero)
+    best, highest = now, torch.full((), float("-inf"), device=now.device)
     for _ in range(plan.steps):
         images = now.detach().requires_grad_()
         value, _ = objective(images, batch.context)
+        if plan.keep == "batch":
+            best, highest = _higher(images, value, best, highest)
         now = climb(images.detach(), torch.autograd.grad(value.sum(), images)[0], batch.clean, plan)
-    return now
+    if plan.keep != "batch":
+        return now
+    with torch.no_grad():
+        return _higher(now, objective(now, batch.context)[0], best, highest)[0]
+
+
+def _higher(images: Tensor, value: Tensor, best: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
+    """(images, their mean value) where it is above `highest`, else (best, highest); nothing waits for the device."""
+    mean = value.detach().mean()
+    return torch.where(mean > highest, images.detach(), best), torch.maximum(mean, highest)

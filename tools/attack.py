@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rbkit.tools import random
 from rbkit.tools.apgd import Apgd
-from rbkit.tools.ascend import Ascent, Batch, Context, Flow, Objective, Outcome, Plan, Poll, Start, finished
+from rbkit.tools.ascend import Ascent, Batch, Context, Flow, Objective, Outcome, Plan, Poll, Start, counted, finished
 from rbkit.tools.fab import Fab
 from rbkit.tools.losses import AIMED, LOSSES, clearly_above, fitting_loss, is_broken, margin
 from rbkit.tools.models import Evaluation
@@ -29,7 +29,9 @@ class Attack:
 
     name: a key of ATTACKS. eps and step_size in [0, 1] pixels. start: random (uniform in the ball) or clean.
     loss: a key of LOSSES. targeted: ascend towards another class. until: broken (leave at the first success) or end.
-    targets: other classes that each example is pushed to in turn. queries: forward passes of square.
+    targets: other classes that each example is pushed to in turn. queries: forward passes of square. keep: `best` iterate
+    of each example (also where None), `batch` or `last`, as in Plan. last_iterate: `unjudged` leaves the iterate after the
+    last step out, as the paper's code does, so that the last step counts for nothing.
     """
 
     name: str
@@ -45,12 +47,14 @@ class Attack:
     seed: int = 0
     targets: int | None = None
     queries: int | None = None
+    keep: str | None = None
+    last_iterate: str | None = None
 
     def plan(self) -> Plan:
         """Steps of a fixed length, as fgsm and pgd take them."""
         return Plan(
-            NORMS[self.norm], self.eps, self.step_size or 0.0, self.steps or 0, self.restarts, start=self._start(),
-            stop=self.until == "broken",
+            NORMS[self.norm], self.eps, self.step_size or 0.0, counted(self.steps or 0, self.last_iterate), self.restarts,
+            start=self._start(), stop=self.until == "broken", keep=self.keep or "best",
         )  # fmt: skip
 
     def ascent(self) -> Ascent:
@@ -273,6 +277,8 @@ def prepare(evaluation: Evaluation, spec: Attack, batch: Batch, *, judge: Evalua
     if earlier is not None:
         broken = skip | spec.goal(victim.logits)(earlier, context)[1]
     skip = skip if _measures(spec, judge) else broken
+    if spec.keep == "batch":  # rows that need no attack count in the mean all the same
+        skip = torch.zeros_like(skip)
     return Batch(batch.ids, batch.clean, context, skip, _Tag(batch.tag, prediction, earlier, broken))
 
 
@@ -340,8 +346,9 @@ class _Stage:
         if self.spec.name == "fab-t":  # a point outside the ball is no result
             fallback = batch.clean if known.earlier is None else known.earlier
             outcome.images = torch.where(reached[:, None, None, None], outcome.images, fallback)
-        if known.earlier is not None:
-            outcome.images[known.broken] = known.earlier[known.broken]
+        if known.earlier is not None or self.spec.keep == "batch":
+            before = batch.clean if known.earlier is None else known.earlier
+            outcome.images[known.broken] = before[known.broken]
         if self.judge is not None:
             reached = self.spec.goal(self.judge.logits)(outcome.images, batch.context)[1]
         target = batch.context["target"] if self.spec.targeted else None

@@ -11,8 +11,11 @@ ROBUSTNESS = ("clean_accuracy", "robust_accuracy", "robust_accuracy_png", "minim
 
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What a record is of, apart from the model. Paths refined to another error are of something else."""
-    return (*(record.get(name) for name in SUBJECT), (record.get("params") or {}).get("tolerance"))
+    """What a record is of, apart from the model. Paths refined to another error are of something else, and so are
+    inversions begun elsewhere."""
+    params = record.get("params") or {}
+    begun = (params.get("start"), params.get("seed")) if record.get("kind") == "inversions" else ()
+    return (*(record.get(name) for name in SUBJECT), params.get("tolerance"), *begun)
 
 
 def is_standard(record: dict[str, Any]) -> bool:
@@ -85,11 +88,17 @@ def by_metric(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     return groups
 
 
+def of_one_attack(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Robust accuracies that stand on one scale: those of the norm and the attack that come first, worst cases apart."""
+    found = [r for r in records if r["metric"] == "robust_accuracy" and r.get("attack") != "worst"]
+    return [r for r in found if (r.get("norm"), r.get("attack")) == (found[0].get("norm"), found[0].get("attack"))]
+
+
 def accuracies(records: list[dict[str, Any]], *, standard: bool) -> dict[str, Any]:
     """Clean accuracy and robust accuracy by eps of the standard or the robust model, as records."""
     mine = [r for r in records if is_standard(r) == standard and r.get("kind") == "adversarial"]
     clean = next((r for r in mine if r["metric"] == "clean_accuracy"), None)
-    robust = {float(r["eps"]): r for r in mine if r["metric"] == "robust_accuracy" and r.get("attack") != "worst"}
+    robust = {float(r["eps"]): r for r in of_one_attack(mine)}
     return {"clean": clean, "robust": dict(sorted(robust.items()))}
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from rbkit.tools import random
 from rbkit.tools.adam import Adam
-from rbkit.tools.ascend import Batch, Context, Objective, Outcome, Plan, ascend
+from rbkit.tools.ascend import Batch, Context, Objective, Outcome, Plan, ascend, counted
 from rbkit.tools.losses import LOSSES
 from rbkit.tools.models import Evaluation, fake_last_relu, in_blocks
 from rbkit.tools.norms import L2
@@ -32,7 +32,8 @@ class Inversion:
     of L2 length step_size, in [0, 1] pixels), plain (step_size times the gradient) or adam (step_size is its rate).
     tv: weight of the total variation that the image is penalised by. eps: radius around the start (1000 is no bound but
     the box). restarts: best of so many starts. objective: of class images, logit or ce. fake_relu: gradient through the
-    last ReLU, as the paper does.
+    last ReLU, as the paper does. keep: `best` iterate of each example, `batch` or `last`, as in Plan. last_iterate: `judged`,
+    or as in the paper's code `unjudged`: the one after the last step is left out.
     """
 
     mode: str
@@ -46,12 +47,14 @@ class Inversion:
     seed: int = 0
     optimizer: str = "normalised"
     tv: float = 0.0
+    keep: str = "best"
+    last_iterate: str = "judged"
 
     def plan(self) -> Plan:
         """The ascent that carries it out; starts are rows of their own, so restarts are the caller's."""
         norm = replace(L2, step=lambda gradient: gradient) if self.optimizer == "plain" else L2
         kind = Adam if self.optimizer == "adam" else Plan
-        return kind(norm, self.eps, self.step_size, self.steps)
+        return kind(norm, self.eps, self.step_size, counted(self.steps, self.last_iterate), keep=self.keep)
 
 
 def total_variation(images: Tensor) -> Tensor:

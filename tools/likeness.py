@@ -47,6 +47,13 @@ def low_frequency_error(batch: Batch) -> Tensor:
     return (blurred(batch.inverted) - blurred(batch.image)).double().flatten(1).square().mean(1).sqrt()
 
 
+def feature_distance(batch: Batch) -> Tensor:
+    """Euclidean distance to the image in the judge model's features before the head, per example (I4)."""
+    assert batch.inverted is not None and batch.judge is not None
+    first, second = (features_of(batch.judge, x) for x in (batch.inverted, batch.image))
+    return (first - second).norm(dim=1)
+
+
 def _window(size: int, device: torch.device) -> Tensor:
     offset = torch.arange(size, device=device, dtype=torch.float64) - (size - 1) / 2
     kernel = torch.exp(-0.5 * (offset / 1.5) ** 2)

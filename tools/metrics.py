@@ -93,6 +93,7 @@ METRICS: dict[str, Entry] = {
     "pixel_error": Entry(likeness.pixel_error, "inversions", "pixels", "lower", "-", ("inverted", "fit")),
     "low_frequency_error": Entry(likeness.low_frequency_error, "inversions", "pixels", "lower", "-", ("inverted", "fit")),
     "ssim": Entry(likeness.ssim, "inversions", "index", "higher", "Wang et al. 2004", ("inverted", "fit")),
+    "feature_distance": Entry(likeness.feature_distance, "inversions", "features", "lower", "-", ("inverted", "fit", "judge")),
     "own_accuracy": Entry(likeness.own_accuracy, "inversions", "share", "higher", "-", ("inverted", "label"), share=True),
     "judge_accuracy": Entry(likeness.judge_accuracy, "inversions", "share", "higher", "-", ("inverted", "label", "judge"), share=True),
 }  # fmt: skip

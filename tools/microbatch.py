@@ -41,7 +41,8 @@ def mean_gradient(
         # Where the last round has fewer micro-batches than processes, the others repeat its last, which is not counted.
         found = _one(model, before, partial(measure, min(first + ranks.index, len(sizes) - 1)))
         for rows, (told, *values) in zip(sizes[first:], ranks.gather(found), strict=False):
-            tallies.append(Tally(*told.tolist(), rows))
+            loss, right = told.tolist()
+            tallies.append(Tally(loss, right, rows))
             weight = rows / sum(t.rows for t in tallies)
             mean = [old.lerp_(new, weight) for old, new in zip(mean, values, strict=True)] if mean else values
     _keep(model, mean)

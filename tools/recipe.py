@@ -18,9 +18,12 @@ class Recipe:
     (Gaussian, `sigma` in [0, 1] pixels) or gradient-penalty (`beta` times the squared input gradient), which are
     controls: smooth, but not trained against an attack. norm, eps, steps, step_size: the inner attack, in [0, 1]
     pixels. eps_ramp: share of the steps over which eps and step_size rise from 0, which keeps a hard ball from
-    stalling the first epochs. attack_bn: `eval` (default) or `train`, as the paper does. schedule: `onecycle` (up over
-    `warmup` of the steps, then linearly to 0), `cosine` (to 0) or `constant`. ema: decay per step, 0 for none. micro:
-    rows that share their BatchNorm statistics, a divisor of the batch; None for the batch.
+    stalling the first epochs. attack_bn: `eval` (default) or `train`, as the paper does. attack_start: `random` or `clean`.
+    attack_keep: the `last` iterate is trained on, or `batch`, that of the highest mean loss over the batch; last_iterate
+    `unjudged` then leaves the one after the last step out (the paper has clean, batch and unjudged). schedule: `onecycle`
+    (up over `warmup` of the steps, then linearly to 0), `cosine` (to 0) or `constant`; schedule_epochs: its length, where
+    that is not `epochs`. clip_value: bound of each entry of the weights' gradient, 0 for none. ema: decay per step, 0 for
+    none. micro: rows that share their BatchNorm statistics, a divisor of the batch; None for the batch.
     """
 
     epochs: int
@@ -33,12 +36,18 @@ class Recipe:
     beta: float = 6.0
     sigma: float = 0.0
     attack_bn: str = "eval"
+    attack_start: str = "random"
+    attack_keep: str = "last"
+    last_iterate: str = "judged"
     batch: int = 128
+    optimizer: str = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
+    clip_value: float = 0.0
     schedule: str = "onecycle"
+    schedule_epochs: int | None = None
     warmup: float = 0.25
     augment: str = "crop-flip"
     ema: float = 0.0
@@ -53,8 +62,8 @@ class Recipe:
 
 
 def learning_rate(recipe: Recipe, step: int, total: int) -> float:
-    """The learning rate of `step` (from 0) of `total`; 0 is reached after the last step (T4)."""
-    done = step / total
+    """The learning rate of `step` (from 0) of `total`; 0 is reached after the last step (T4), unless the schedule is longer."""
+    done = step / total * (recipe.epochs / (recipe.schedule_epochs or recipe.epochs))
     if recipe.schedule == "constant":
         return recipe.lr
     if recipe.schedule == "cosine":

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rbkit.tools import random
-from rbkit.tools.ascend import Batch, Context, Objective, Plan, drive
+from rbkit.tools.ascend import Batch, Context, Objective, Plan, counted, drive
 from rbkit.tools.attack import objective, random_start
 from rbkit.tools.examples import Data
 from rbkit.tools.models import Classifier, Evaluation
@@ -49,7 +49,10 @@ class Inner:
         def start(ids: Tensor, clean: Tensor, restart: Tensor) -> Tensor:
             return begin_at(ids, clean, restart + epoch)
 
-        return Plan(norm, size * recipe.eps, size * recipe.step_size, recipe.steps, start=start)
+        return Plan(
+            norm, size * recipe.eps, size * recipe.step_size, counted(recipe.steps, recipe.last_iterate),
+            start=start if recipe.attack_start == "random" else None, keep=recipe.attack_keep,
+        )  # fmt: skip
 
     def __call__(self, images: Tensor, data: Data, *, epoch: int, done: float) -> Tensor:
         """Adversarial images of a batch (N, C, H, W); `done` is the share of all steps before this one."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rbkit.tools import random
-from rbkit.tools.augment import crop_flip
+from rbkit.tools.augment import crop_flip, resized
 from rbkit.tools.examples import Data, as_float
 from rbkit.tools.microbatch import Tally, mean_gradient
 from rbkit.tools.models import Classifier
@@ -34,7 +34,7 @@ class State:
     """All that a run needs to go on: the live classifier, its optimiser, EMA weights and the position."""
 
     classifier: Classifier
-    optimiser: torch.optim.SGD
+    optimiser: torch.optim.Optimizer
     average: Classifier | None
     epoch: int = 0
     step: int = 0
@@ -56,12 +56,17 @@ class State:
 
 def begin(classifier: Classifier, recipe: Recipe) -> State:
     """A run before its first step."""
-    optimiser = torch.optim.SGD(
+    average = copy.deepcopy(classifier).requires_grad_(False) if recipe.ema else None
+    return State(classifier, _optimiser(classifier, recipe), average)
+
+
+def _optimiser(classifier: Classifier, recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(classifier.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
         classifier.parameters(), lr=recipe.lr, momentum=recipe.momentum,
         nesterov=recipe.nesterov and recipe.momentum > 0, weight_decay=recipe.weight_decay,
     )  # fmt: skip
-    average = copy.deepcopy(classifier).requires_grad_(False) if recipe.ema else None
-    return State(classifier, optimiser, average)
 
 
 @contextmanager
@@ -146,7 +151,9 @@ def _step(
 def _augmented(batch: Data, recipe: Recipe, *, epoch: int) -> Tensor:
     """The images of a batch as float32 (N, C, H, W), channels last, augmented as the recipe says."""
     images = as_float(batch.image)
-    if recipe.augment != "none":
+    if recipe.augment == "resized":
+        images = resized(images, batch.ids, seed=recipe.seed, epoch=epoch)
+    elif recipe.augment != "none":
         images = crop_flip(images, batch.ids, seed=recipe.seed, epoch=epoch, **AUGMENTS[recipe.augment])
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -159,6 +166,8 @@ def _descend(state: State, tallies: list[Tally], recipe: Recipe, lr: float) -> N
         raise NumericError(f"loss is {loss / rows} {where}; try a smaller --lr")
     for group in state.optimiser.param_groups:
         group["lr"] = lr
+    if recipe.clip_value:
+        nn.utils.clip_grad_value_(state.classifier.parameters(), recipe.clip_value)
     state.optimiser.step()
     state.step += 1
     if state.average is not None:

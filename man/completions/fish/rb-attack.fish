@@ -12,6 +12,8 @@ complete -c rb-attack -l loss -x -a 'ce margin dlr' -d 'fgsm, pgd: what is raise
 complete -c rb-attack -l targeted -d 'fgsm, pgd: towards another class: --target, else a random one per example.'
 complete -c rb-attack -l target -x -d 'The class that --targeted aims at.'
 complete -c rb-attack -l until -x -a 'broken end' -d 'Leave an example once it is broken, or take all steps and keep the worst (default of fab-t).'
+complete -c rb-attack -l keep -x -a 'best batch last' -d 'pgd: the best iterate of each example (default), that of the highest mean loss over the block, as the paper does, or the last.'
+complete -c rb-attack -l last-iterate -x -a 'judged unjudged' -d 'pgd: unjudged leaves the iterate after the last step out, as the paper does.'
 complete -c rb-attack -l surrogate -r -d 'Make the images on this model, to the end; whether they broke is told by --model.'
 complete -c rb-attack -l seed -x -d 'Seed of every random number.'
 complete -c rb-attack -l refill -l no-refill -d 'Give the slot of a broken example to the next one.'

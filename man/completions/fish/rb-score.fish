@@ -10,6 +10,7 @@ complete -c rb-score -l n -x -d 'Judge a seeded sample of N rows of each stream.
 complete -c rb-score -l expect -x -d 'Gate: status 8 if it fails, 9 if undecided; may be repeated.'
 complete -c rb-score -l paired -d 'Also the difference of every two models on the same images, with its p-value.'
 complete -c rb-score -l flags -d 'Red flags of masked gradients and failed attacks; status 8 if one fires.'
+complete -c rb-score -l tag -x -d 'A word in every record, by which rb-report tells studies apart.'
 complete -c rb-score -l per-example -d 'One line per image instead: name, prediction, values.'
 complete -c rb-score -l json -d 'JSON lines, also on a terminal.'
 complete -c rb-score -l block -x -d 'Rows computed at a time, a multiple of 32; recorded, as it moves last bits.'

@@ -1,6 +1,7 @@
 # fish completion of rb-view; made by man/make.py
 complete -c rb-view -l rows -x -d 'The most rows of a contact sheet.'
-complete -c rb-view -l metric -x -d 'Records: bars of this metric instead of accuracy curves.'
+complete -c rb-view -l spread -d 'Rows of a contact sheet at even distances, instead of the first.'
+complete -c rb-view -l metric -x -d 'Records: bars of this metric instead of accuracy curves; models: accuracy (default) or loss.'
 complete -c rb-view -s o -l output -r -d 'Where to write: .safetensors (one document), .rbs (a stream), .png or a folder/ (pictures); - is standard output.'
 complete -c rb-view -l no-clobber -d 'Refuse outputs that are already there; the default is to replace them.'
 complete -c rb-view -l max-document -x -d 'Refuse documents larger than this.'

@@ -312,11 +312,10 @@ def _of(record: dict[str, Any]) -> str:
     """The method of a map, or the mode of an inversion and where it began."""
     if record.get("method"):
         return str(record["method"])
-    params = record.get("params") or {}
-    begun = f", {params['start']}" if "start" in params else ""
-    return f"{MODES.get(str(record.get('mode')), record.get('mode'))}{begun}" + (
-        f", seed {params['seed']}" if params.get("seed") else ""
-    )
+    mode, params = str(record.get("mode")), record.get("params") or {}
+    begun = [str(params["start"])] if "start" in params else []
+    again = [f"seed {params['seed']}"] if params.get("seed") else []
+    return ", ".join([MODES.get(mode, mode), *begun, *again])
 
 
 def _map_section(study: Study, folder: _io.Folder | None) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from conftest import execute, shell
 from PIL import Image
 
 from rbkit.cli._pictures import PictureWriter
+from rbkit.formats.figures import training_curves
 from rbkit.formats.png import open_picture
 
 
@@ -47,6 +49,10 @@ def test_curves_of_a_training(tmp_path: Path, model_file: Path) -> None:
         result = execute("rb-view", model_file, "--metric", metric, "-o", tmp_path / f"{metric}.png")
         assert result.status == 0, result.err
     assert (tmp_path / "accuracy.png").read_bytes() != (tmp_path / "loss.png").read_bytes()
+    only_loss = [{"epochs": [{"epoch": 1, "train_loss": 2.0}, {"epoch": 2, "train_loss": 1.5}]}]
+    assert training_curves(only_loss, quantity="loss", form="svg").startswith(b"<?xml")
+    with pytest.raises(ValueError, match="no model has"):
+        training_curves(only_loss, form="svg")
     result = execute("rb-view", model_file, "--metric", "gini", "-o", tmp_path / "no.png")
     assert (
         result.status == 3 and "curves of accuracy and loss, not of gini" in result.err and result.err.count("\n") == 1

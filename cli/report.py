@@ -85,9 +85,14 @@ def report(
         ),
     ] = None,
     note: Annotated[
-        str,
-        typer.Option("--note", metavar="TEXT", help="What a reader must know of the numbers; said with each table."),
-    ] = "",
+        str | None,
+        typer.Option(
+            "--note",
+            metavar="TEXT",
+            help="What a reader must know of the numbers; said with each table.",
+            show_default=False,
+        ),
+    ] = None,
     ours: Annotated[str, typer.Option("--ours", metavar="TEXT", help="--published: head of our column.")] = "ours",
     output: OutputFile = "-",
     quiet: Quiet = False,
@@ -102,11 +107,11 @@ def report(
         raise Usage("--table goes with --published FILE")
     study = Study(sources)
     numbers = [] if published is None else _published_page.read_published(published, table=table)
-    compared = _compared(study, numbers, ours=ours, note=note) if numbers else []
+    compared = _compared(study, numbers, ours=ours, note=note or "") if numbers else []
     if table is None:
-        page = _page(study, title, bounds, figures, note=note, compared=compared)
+        page = _page(study, title, bounds, figures, note=note or "", compared=compared)
     else:
-        page = _framed(title, [*_noted(note), *compared])
+        page = _framed(title, [*_noted(note or ""), *compared])
     if output == "-" and sys.stdout.isatty():
         raise Usage("a page is too long for a terminal; use -o report.html")
     _io.write_file(output, page)

@@ -105,13 +105,13 @@ def report(
     }
     if table is not None and published is None:
         raise Usage("--table goes with --published FILE")
-    study = Study(sources)
+    study, said = Study(sources), note or ""
     numbers = [] if published is None else _published_page.read_published(published, table=table)
-    compared = _compared(study, numbers, ours=ours, note=note or "") if numbers else []
+    compared = _compared(study, numbers, ours=ours, note=said) if numbers else []
     if table is None:
-        page = _page(study, title, bounds, figures, note=note or "", compared=compared)
+        page = _page(study, title, bounds, figures, note=said, compared=compared)
     else:
-        page = _framed(title, [*_noted(note or ""), *compared])
+        page = _framed(title, [*_noted(said), *compared])
     if output == "-" and sys.stdout.isatty():
         raise Usage("a page is too long for a terminal; use -o report.html")
     _io.write_file(output, page)

@@ -85,9 +85,14 @@ def report(
         ),
     ] = None,
     note: Annotated[
-        str,
-        typer.Option("--note", metavar="TEXT", help="What a reader must know of the numbers; said with each table."),
-    ] = "",
+        str | None,
+        typer.Option(
+            "--note",
+            metavar="TEXT",
+            help="What a reader must know of the numbers; said with each table.",
+            show_default=False,
+        ),
+    ] = None,
     ours: Annotated[str, typer.Option("--ours", metavar="TEXT", help="--published: head of our column.")] = "ours",
     output: OutputFile = "-",
     no_clobber: NoClobber = False,
@@ -102,14 +107,14 @@ def report(
     }
     if table is not None and published is None:
         raise Usage("--table goes with --published FILE")
-    study = Study(sources)
+    study, said = Study(sources), note or ""
     numbers = [] if published is None else _published_page.read_published(published, table=table)
-    compared = _compared(study, numbers, ours=ours, note=note) if numbers else []
+    compared = _compared(study, numbers, ours=ours, note=said) if numbers else []
     if table is None:
         folder = None if figures is None else _io.Folder(figures, no_clobber=no_clobber)
-        page = _page(study, title, bounds, folder, note=note, compared=compared)
+        page = _page(study, title, bounds, folder, note=said, compared=compared)
     else:
-        page = _framed(title, [*_noted(note), *compared])
+        page = _framed(title, [*_noted(said), *compared])
     if output == "-" and sys.stdout.isatty():
         raise Usage("a page is too long for a terminal; use -o report.html")
     _io.write_file(output, page, no_clobber=no_clobber)

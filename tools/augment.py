@@ -50,4 +50,4 @@ def resized(images: Tensor, ids: Tensor, *, seed: int, epoch: int, degrees: floa
     grid = torch.stack(
         [(1 - across) * (2 * u[4] - 1) + mirror * across * column, (1 - down) * (2 * u[5] - 1) + down * row], 3
     )
-    return F.grid_sample(images, grid.where(inside[..., None], 2.0), padding_mode="zeros", align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False) * inside[:, None]

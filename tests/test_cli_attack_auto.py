@@ -75,7 +75,21 @@ def test_a_replayed_run_gives_the_same_bytes(tmp_path: Path, model_file: Path, w
 @pytest.mark.parametrize("name", attack.NAMES)
 def test_every_attack_takes_the_options_that_its_history_records(name: str) -> None:
     """A replay gives them all on the command line: none may be refused, and they lead to the same attack."""
-    given = dict.fromkeys(("steps", "step_size", "queries", "start", "loss", "until", "surrogate", "target", "eps"))
+    given = dict.fromkeys(
+        (
+            "steps",
+            "step_size",
+            "queries",
+            "start",
+            "loss",
+            "until",
+            "surrogate",
+            "target",
+            "eps",
+            "keep",
+            "last_iterate",
+        )
+    )
     given |= {"attack": name, "norm": "linf", "seed": 4, "restarts": 2, "targeted": False, "block": 64}
     spec = attack._spec(given, 0.03, 8)
     kept = recorded(attack._recorded(given, spec))

@@ -110,7 +110,7 @@ def test_the_manifest_is_checked_by_sha256sum(tree: Path, tmp_path: Path) -> Non
 
 
 def test_a_manifest_gathers_the_parts_of_a_stream(tree: Path, tmp_path: Path) -> None:
-    listed = Manifest(str(tmp_path / "m.sha256"), {"paths": [str(tree)]})
+    listed = Manifest(str(tmp_path / "m.sha256"), {"paths": [str(tree)], "no_clobber": False})
     names = [f"n0001/n0001_{i}.JPEG" for i in (4, 2, 7)]
     listed.add(encode_names(names[:2]))
     listed.add(encode_names(names[2:]))

@@ -13,11 +13,15 @@ N      ?= $(or $(N_$(DATA)),8000)
 NTEST  ?= 1000
 NMAPS  ?= 200
 NINV   ?= 64
-EPOCHS ?= 8
+EPOCHS ?= $(or $(EPOCHS_$(DATA)),8)
 JUDGE_EPOCHS ?= 5
-BATCH  ?= 32
-LR     ?= 0.1
+BATCH  ?= $(or $(BATCH_$(DATA)),32)
+LR     ?= $(or $(LR_$(DATA)),0.1)
 ARCH   ?= resnet8
+# width of resnet8 or resnet18 where it is not the usual one
+WIDTH  ?= $(if $(filter resnet8,$(ARCH)),$(WIDTH_$(DATA)))
+# share of the training rows by which the best epoch is chosen
+VAL    ?= 0.05
 NORM   ?= l2
 # radius of the ball that the robust model is trained in; attacks use EPSS
 EPS    ?= $(if $(filter linf,$(NORM)),8/255,$(or $(EPS_$(DATA)),0.5))
@@ -52,6 +56,10 @@ PIP_ARGS ?=
 PYTHON ?= python3
 
 N_shapes       := 4000
+EPOCHS_shapes  := 12
+BATCH_shapes   := 64
+LR_shapes      := 0.12
+WIDTH_shapes   := 8
 AUGMENT_shapes := crop
 AUGMENT_fashion-mnist := none
 AUGMENT_cifar10 := flip
@@ -102,7 +110,7 @@ value_n := $(N)
 value_ntest := $(NTEST)
 value_nmaps := $(NMAPS) $(POINTS)
 value_ninv := $(NINV)
-value_train := $(EPOCHS) $(BATCH) $(LR) $(ARCH) $(SEED) $(AUGMENT)
+value_train := $(EPOCHS) $(BATCH) $(LR) $(ARCH) $(WIDTH) $(VAL) $(SEED) $(AUGMENT)
 value_ball := $(NORM) $(EPS) $(STEPS) $(RAMP)
 value_attack := $(NORM) $(EPSS)
 value_judge := $(JUDGE_EPOCHS)
@@ -132,7 +140,8 @@ $(D)/targets.safetensors: $(K)/data $(K)/ninv | setup
 
 # A checkpoint older than what it depends on belongs to another run. A finished run is left as it is, hence the touch.
 FRESH = @for p in $^; do [ ! "$$p" -nt "$@.ckpt" ] || rm -f "$@.ckpt"; done
-TRAIN_OPTIONS = --arch $(ARCH) --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --augment $(AUGMENT) --resume
+TRAIN_OPTIONS = --arch $(ARCH) $(if $(WIDTH),--width $(WIDTH)) --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --val $(VAL) \
+    --augment $(AUGMENT) --resume
 TRAIN = rb-train $< $(TRAIN_OPTIONS) -o $@
 STANDARD = --seed $(SEED)
 ROBUST = --seed $(SEED) --norm $(NORM) --eps $(EPS) --steps $(STEPS) --eps-ramp $(RAMP)
@@ -255,7 +264,7 @@ $(X)/%.jsonl: $(X)/%.safetensors
 # interpretable as they become more robust?
 
 L := $(D)/link
-value_link := $(EPOCHS) $(BATCH) $(LR) $(ARCH) $(AUGMENT) $(NORM) $(STEPS) $(RAMP)
+value_link := $(EPOCHS) $(BATCH) $(LR) $(ARCH) $(WIDTH) $(VAL) $(AUGMENT) $(NORM) $(STEPS) $(RAMP)
 value_linkattack := $(NORM) $(EPSS) $(LINK_NTEST)
 value_linkmaps := $(LINK_NMAPS) $(POINTS)
 
@@ -343,7 +352,7 @@ paper-%: setup
 
 # A process per core, each of one thread.
 test: setup  ## the tests
-	OMP_NUM_THREADS=1 pytest -n $(shell nproc) --dist loadfile
+	OMP_NUM_THREADS=1 pytest -n $(shell nproc) --dist worksteal
 
 test-cluster: setup  ## the jobs of cluster/ in a real Slurm on this machine, which root installs by apt
 	tests/cluster/with-slurm pytest tests/cluster

@@ -1,6 +1,6 @@
 # The study as a graph of files whose edges are pipelines. Knobs first; `make` alone shows the targets.
 #
-#   make study                             the embedded data, 6 to 8 minutes on 2 cores
+#   make study                             the embedded data, 5 minutes on 2 cores
 #   make study DATA=fashion-mnist          real data; cifar10 and folder need ROOT=DIR
 #   make paper DATA=cifar10 ROOT=DIR       the paper's study, whose graph and knobs are in paper.mk
 #   make test                              the tests

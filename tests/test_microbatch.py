@@ -16,7 +16,7 @@ from toys import C, K, SmallNet, convnet, generator, images, randomise
 
 from rbkit.tools.examples import Data
 from rbkit.tools.microbatch import Tally, mean_gradient
-from rbkit.tools.models import Classifier
+from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.ranks import ALONE, Ranks
 from rbkit.tools.recipe import Recipe
 from rbkit.tools.train import begin, fit
@@ -195,8 +195,11 @@ def test_dropout_does_not_depend_on_what_was_drawn_before() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_validation_rows_are_divided_and_counted_once(count: int) -> None:
+def test_validation_rows_are_divided_and_counted_once(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows: with four ranks one of them has none."""
+    # Networks are traced one at a time: torch.fx stands in for every module's call meanwhile, in all threads.
+    ready = Evaluation(convnet())
+    monkeypatch.setattr("rbkit.tools.validation.Evaluation", lambda model: ready)
     recipe = Recipe(epochs=1, method="pgd", eps=0.1)
     for rows in (3, 37):
         x = images(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import math
+import os
 import tokenize
 import zipfile
 import zlib
@@ -43,11 +44,16 @@ def to_nchw(array: np.ndarray, *, layout: str | None, name: str) -> np.ndarray:
     return array if chosen == "nchw" else np.ascontiguousarray(array.transpose(0, 3, 1, 2))
 
 
-def _array(archive: zipfile.ZipFile, keys: tuple[str, ...]) -> np.ndarray | None:
-    """The first array of those names. Its header is believed only as far as there are bytes for what it claims."""
+def _array(archive: zipfile.ZipFile, keys: tuple[str, ...], *, size: int) -> np.ndarray | None:
+    """The first array of those names. Headers are believed only as far as there are bytes for what they claim.
+
+    size: of the whole file; zipfile would reserve memory for a member that says it is larger.
+    """
     name = next((f"{key}.npy" for key in keys if f"{key}.npy" in archive.namelist()), None)
     if name is None:
         return None
+    if archive.getinfo(name).compress_size > size:
+        raise ValueError(f"{name} is said to be larger than the file")
     with archive.open(name) as member:
         header = {(1, 0): formats.read_array_header_1_0, (2, 0): formats.read_array_header_2_0}
         shape, by_columns, dtype = header[formats.read_magic(member)](member)
@@ -61,9 +67,10 @@ def read(path: str | Path, *, layout: str | None = None) -> DataSet:
     """The images (and labels, if any) of an NPZ file. Raises: FormatError, OSError."""
     shown = printable(str(path), limit=200)
     with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         try:
             with zipfile.ZipFile(file) as archive:
-                image, label = _array(archive, IMAGE_KEYS), _array(archive, LABEL_KEYS)
+                image, label = (_array(archive, keys, size=size) for keys in (IMAGE_KEYS, LABEL_KEYS))
                 keys = [name.removesuffix(".npy") for name in archive.namelist()]
         except DAMAGED as error:
             raise FormatError(f"{shown}: not a readable NPZ archive ({type(error).__name__})") from None

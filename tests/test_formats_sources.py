@@ -503,3 +503,15 @@ def test_records_are_objects_of_strict_json(tmp_path: Path) -> None:
         path.write_text('{"metric": "a"}\n' + line)
         with pytest.raises(FormatError, match=r"r\.jsonl: line 2"):
             read_records(path)
+
+
+def test_a_member_of_an_archive_is_not_larger_than_the_file(tmp_path: Path) -> None:
+    """zipfile would reserve what the directory of the archive claims, here 3 GiB, before it reads anything."""
+    path = tmp_path / "claim.npz"
+    np.savez(path, image=np.zeros((2, 1, 4, 4), np.uint8))
+    raw = bytearray(path.read_bytes())
+    place = raw.index(b"PK\x01\x02") + 20  # compressed size, in the central directory
+    raw[place : place + 4] = (3 << 30).to_bytes(4, "little")
+    path.write_bytes(raw)
+    with pytest.raises(FormatError, match="ValueError"):
+        npz.read(path, layout="nchw")

@@ -30,7 +30,10 @@ def read(path: str | Path) -> np.ndarray:
     shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
     if len(raw) - start != math.prod(shape):
         raise FormatError(f"{path}: shape {shape} needs {math.prod(shape)} bytes, the file has {len(raw) - start}")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+    try:
+        return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+    except ValueError:  # no bytes, in dimensions that numpy cannot count
+        raise FormatError(f"{path}: shape {shape} is too large for an array") from None
 
 
 def read_images(path: str | Path) -> np.ndarray:

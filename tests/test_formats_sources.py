@@ -515,3 +515,10 @@ def test_a_member_of_an_archive_is_not_larger_than_the_file(tmp_path: Path) -> N
     path.write_bytes(raw)
     with pytest.raises(FormatError, match="ValueError"):
         npz.read(path, layout="nchw")
+
+
+def test_an_empty_idx_file_of_endless_dimensions_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "empty"
+    path.write_bytes(b"\0\0\x08\x04" + b"\xff" * 12 + bytes(4))
+    with pytest.raises(FormatError, match="too large"):
+        idx.read(path)

@@ -50,7 +50,7 @@ class Job:
             return False
         import torch
 
-        from rbkit.formats.stream import whole
+        from rbkit.formats.reader import whole
 
         with blame(Input, FormatError, OSError), Path(self.path).open("rb") as file:
             chunk = whole(file, name=self.path)

@@ -16,7 +16,7 @@ from rbkit.formats.errors import FormatError
 if TYPE_CHECKING:
     import torch
 
-    from rbkit.formats.stream import Chunk
+    from rbkit.formats.chunk import Chunk
     from rbkit.tools.models import Classifier, Evaluation
 
 
@@ -73,7 +73,7 @@ class Model:
 
 def model_chunk(path: str) -> Chunk:
     """The document of a model file. Raises: Input."""
-    from rbkit.formats.stream import whole
+    from rbkit.formats.reader import whole
 
     with blame(Input, FormatError, OSError):
         file, name = open_bytes(path)

@@ -19,7 +19,9 @@ from rbkit.formats.errors import FormatError
 if TYPE_CHECKING:
     import numpy as np
 
-    from rbkit.formats.stream import Chunk, Reader, Writer
+    from rbkit.formats.chunk import Chunk
+    from rbkit.formats.reader import Reader
+    from rbkit.formats.writer import Writer
 
 PIPE_BYTES = 1 << 20
 F_SETPIPE_SZ = 1031
@@ -48,7 +50,7 @@ def open_bytes(source: str) -> tuple[BinaryIO, str]:
 
 def reader(source: str, **options: Any) -> Reader:
     """A stream reader of a path or `-`."""
-    from rbkit.formats.stream import Reader
+    from rbkit.formats.reader import Reader
 
     file, name = open_bytes(source)
     return Reader(file, name=name, path=None if source == "-" else source, **options)
@@ -161,7 +163,7 @@ class Sink:
 
     def _open(self) -> Writer:
         from rbkit.formats.atomic import AtomicFile
-        from rbkit.formats.stream import FileWriter, StreamWriter
+        from rbkit.formats.writer import FileWriter, StreamWriter
 
         if self.output == "-":
             return _stdout_writer()
@@ -178,7 +180,7 @@ class Sink:
     @property
     def many(self) -> bool:
         """Whether the output can hold several streams."""
-        from rbkit.formats.stream import StreamWriter
+        from rbkit.formats.writer import StreamWriter
 
         return isinstance(self.writer, StreamWriter)
 
@@ -223,7 +225,7 @@ class Sink:
 
 
 def _stdout_writer() -> Writer:
-    from rbkit.formats.stream import FileWriter, StreamWriter
+    from rbkit.formats.writer import FileWriter, StreamWriter
 
     refuse_terminal()
     raw = stdout_bytes()
@@ -264,7 +266,7 @@ def check_writable(output: str) -> None:
 
 def write_stdout(content: bytes) -> None:
     """All of `content` to standard output, now."""
-    from rbkit.formats.stream import write_all
+    from rbkit.formats.writer import write_all
 
     try:
         write_all(stdout_bytes(), content)

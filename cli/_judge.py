@@ -13,7 +13,7 @@ from rbkit.cli._flags import Flags
 from rbkit.cli._rows import check_input, checked, load_images, watched
 
 if TYPE_CHECKING:
-    from rbkit.formats.stream import Chunk
+    from rbkit.formats.chunk import Chunk
     from rbkit.tools.metrics import Batch
     from rbkit.tools.pool import Pools
 

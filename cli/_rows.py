@@ -14,7 +14,7 @@ from rbkit.formats.errors import FormatError
 if TYPE_CHECKING:
     import torch
 
-    from rbkit.formats.stream import Chunk
+    from rbkit.formats.chunk import Chunk
 
 
 def check_input(model: Model, shape: Sequence[int], *, place: str) -> None:

@@ -37,7 +37,7 @@ from rbkit.cli._progress import Progress
 from rbkit.cli._rows import checked
 
 if TYPE_CHECKING:
-    from rbkit.formats.stream import Chunk
+    from rbkit.formats.chunk import Chunk
     from rbkit.tools.ascend import Batch
     from rbkit.tools.attack import Attack, Attacked
     from rbkit.tools.models import Evaluation

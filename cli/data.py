@@ -235,7 +235,7 @@ def _write(
     shard: tuple[int, int] | None,
     listed: _sources.Manifest | None,
 ) -> None:
-    from rbkit.formats.stream import ROWS
+    from rbkit.formats.chunk import ROWS
     from rbkit.tools.sample import shard_range
 
     begin, end = (0, len(rows)) if shard is None else shard_range(len(rows), *shard)

@@ -16,7 +16,7 @@ from rbkit.cli._rows import watched
 from rbkit.formats.errors import FormatError, printable
 
 if TYPE_CHECKING:
-    from rbkit.formats.stream import Chunk
+    from rbkit.formats.chunk import Chunk
 
 
 def info(

@@ -157,7 +157,7 @@ def _read_weights(source: str) -> dict[str, Any]:
                 raise Input(
                     f"{name}: refused: holds more than tensors, or is damaged ({type(error).__name__})"
                 ) from None
-    from rbkit.formats.stream import Reader
+    from rbkit.formats.reader import Reader
 
     with blame(Input, FormatError, OSError):
         file, name = _io.open_bytes(source)

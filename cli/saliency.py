@@ -34,7 +34,7 @@ from rbkit.cli._rows import checked, load_images, watched
 if TYPE_CHECKING:
     import torch
 
-    from rbkit.formats.stream import Chunk
+    from rbkit.formats.chunk import Chunk
     from rbkit.tools.models import Evaluation
     from rbkit.tools.saliency import Saliency
 

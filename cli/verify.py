@@ -30,7 +30,7 @@ from rbkit.formats.errors import FormatError
 if TYPE_CHECKING:
     import torch
 
-    from rbkit.formats.stream import Chunk
+    from rbkit.formats.chunk import Chunk
     from rbkit.tools.verify import Check, Clean, Recheck
 
 

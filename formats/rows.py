@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from rbkit.formats.chunk import Chunk
 from rbkit.formats.errors import FormatError
-from rbkit.formats.stream import Chunk
 
 IMAGE_LIKE = ("image", "adversarial", "inverted")
 FINITE = ("attribution", "completeness_error", "start")

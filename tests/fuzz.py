@@ -31,10 +31,11 @@ import safetensors
 from PIL import Image
 
 from rbkit.formats import cifar, idx, npz, png, table
+from rbkit.formats.chunk import Chunk
 from rbkit.formats.document import encode
 from rbkit.formats.errors import FormatError
+from rbkit.formats.reader import Reader
 from rbkit.formats.rows import RowChecker
-from rbkit.formats.stream import Chunk, Reader
 
 MEMORY = 512 << 20  # bytes that a reader may take for inputs of a few kB; pictures may have 2^24 pixels
 SECONDS = 10

@@ -14,9 +14,9 @@ from rbkit.cli import attack
 from rbkit.cli._compute import Model
 from rbkit.cli._errors import Input
 from rbkit.cli._history import recorded
+from rbkit.formats.chunk import Chunk
 from rbkit.formats.errors import FormatError
 from rbkit.formats.rows import RowChecker
-from rbkit.formats.stream import Chunk
 
 SHORT = ("--steps", 2, "--queries", 6)
 

@@ -17,8 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rbkit.formats import document
+from rbkit.formats.chunk import Chunk
 from rbkit.formats.errors import FormatError, LimitError
-from rbkit.formats.stream import Chunk, Reader
+from rbkit.formats.reader import Reader
 
 META = {"kind": "images", "first": 0, "count": 2, "part": {"index": 1, "last": True}}
 

@@ -21,7 +21,7 @@ from PIL import Image
 from rbkit.formats import png
 from rbkit.formats.errors import FormatError, LimitError
 from rbkit.formats.folder import decode_names, path_id
-from rbkit.formats.stream import Reader
+from rbkit.formats.reader import Reader
 
 # ------------------------------------------------------------------------- a PNG writer that can lie
 

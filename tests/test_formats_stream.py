@@ -15,9 +15,11 @@ import pytest
 import safetensors.numpy
 
 from rbkit.formats import document
+from rbkit.formats.chunk import Chunk, split
 from rbkit.formats.errors import ChecksumError, FormatError
+from rbkit.formats.reader import Reader, whole
 from rbkit.formats.rows import RowChecker
-from rbkit.formats.stream import Chunk, FileWriter, Reader, StreamWriter, split, whole
+from rbkit.formats.writer import FileWriter, StreamWriter
 
 SOURCES = ["file", "pipe"]
 
@@ -273,7 +275,7 @@ def test_whole_wants_one_document() -> None:
 # Run in a process of its own: the high-water mark of this one was set long ago.
 MEMORY = """
 import os, re
-from rbkit.formats.stream import Reader
+from rbkit.formats.reader import Reader
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 read, write = os.pipe()
 os.write(write, (99_000_000).to_bytes(8, "little") + b"{" * 82)

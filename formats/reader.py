@@ -1,7 +1,7 @@
-"""Streams: documents back to back, cut streams detected, read in chunks of rows (man page rb-stream(5)).
+"""The reader of streams: documents back to back, cut streams detected, read in chunks of rows (rb-stream(5)).
 
 A reader trusts nothing and yields `Chunk`s: whole documents of a pipe, slices of a document in a seekable file, so
-that memory stays flat. A writer numbers the parts; `last` is written only with the final chunk of a stream.
+that memory stays flat.
 """
 
 from __future__ import annotations
@@ -9,57 +9,21 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from rbkit.formats import document, png
+from rbkit.formats.chunk import ROWLESS, ROWS, Chunk, spans, split
 from rbkit.formats.document import Header, TensorInfo
 from rbkit.formats.errors import ChecksumError, FormatError
 from rbkit.formats.folder import encode_names, path_id
 
-ROWS = 512  # examples per chunk: 6 MB of float32 at 3 x 32 x 32
-PIECE = 1 << 20
+PIECE = 1 << 20  # bytes asked for at once
 EAGER = 64 << 20  # a buffer grows by at most this at once
-SPOOL = 64 << 20  # bytes a single-document writer keeps in memory per tensor
 INFERRED_KIND = {"attribution": "attributions", "adversarial": "adversarial", "inverted": "inversions"}
-ROWLESS = ("model", "checkpoint")  # kinds whose tensors are no rows
-DERIVED = ("part", "count", "sha256", "schema")  # metadata that the writer owns
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some rows of a stream.
-
-    `arrays` share their first dimension (models and checkpoints aside), `meta` is the document's metadata with
-    `first` and `count` of these rows, `last` marks the final chunk of a stream, `place` names it in messages.
-    """
-
-    arrays: dict[str, np.ndarray]
-    meta: dict[str, Any]
-    last: bool
-    place: str
-
-    @property
-    def count(self) -> int:
-        """Rows in this chunk."""
-        return int(self.meta["count"])
-
-    @property
-    def first(self) -> int:
-        """Global index of the first row."""
-        return int(self.meta["first"])
-
-    def rows(self, start: int, stop: int, *, last: bool) -> Chunk:
-        """The rows from `start` to `stop` (local indices) as a chunk of their own."""
-        meta = {**self.meta, "first": self.first + start, "count": stop - start}
-        return replace(self, arrays={k: a[start:stop] for k, a in self.arrays.items()}, meta=meta, last=last)
-
-
-# ---------------------------------------------------------------------------------------------------- reading
 
 
 def read_some(file: BinaryIO, size: int) -> bytearray:
@@ -274,7 +238,7 @@ class Reader:
             raw = source.at(base + info.start + start * info.row_bytes, (stop - start) * info.row_bytes)
             return document.from_bytes(raw, info, rows=stop - start)
 
-        for start, stop in _spans(meta["count"], self.rows):
+        for start, stop in spans(meta["count"], self.rows):
             if meta["count"]:
                 arrays = {n: part(t, start, stop) for n, t in header.tensors.items()}
             else:
@@ -303,21 +267,6 @@ def _digest_region(source: _Input, offset: int, size: int) -> str:
         sha.update(piece)
         done += len(piece)
     return sha.hexdigest()
-
-
-def _spans(count: int, rows: int) -> Iterator[tuple[int, int]]:
-    """Consecutive (start, stop) of at most `rows`; one empty span where there are no rows."""
-    for start in range(0, max(count, 1), rows):
-        yield start, min(start + rows, count)
-
-
-def split(chunk: Chunk, rows: int) -> Iterator[Chunk]:
-    """A chunk in pieces of at most `rows` rows; `last` stays with the final piece."""
-    if chunk.count <= rows:
-        yield chunk
-        return
-    for start, stop in _spans(chunk.count, rows):
-        yield chunk.rows(start, stop, last=chunk.last and stop == chunk.count)
 
 
 def image_chunks(pictures: Iterator[png.Picture], *, rows: int, name: str, path: str | None) -> Iterator[Chunk]:
@@ -350,143 +299,9 @@ def _picture_chunk(pictures: list[png.Picture], *, first: int, last: bool, name:
     return Chunk(arrays, meta, last, name)
 
 
-# ---------------------------------------------------------------------------------------------------- writing
-
-
-class Writer(Protocol):
-    """What takes chunks of rows: `write` each in order with `last` on the final one of a stream, then `close`."""
-
-    def write(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], *, last: bool) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def write_all(raw: BinaryIO, piece: bytes | bytearray | memoryview) -> None:
-    """Write every byte; an unbuffered file may take only part of them at a time."""
-    view = memoryview(piece)
-    if not view.nbytes:
-        return
-    view = view.cast("B")
-    while view:
-        view = view[raw.write(view) or 0 :]
-
-
-def row_count(arrays: Mapping[str, np.ndarray]) -> int:
-    """Rows of a chunk: the common first dimension."""
-    return len(next(iter(arrays.values()))) if arrays else 0
-
-
-class StreamWriter:
-    """Writes each chunk as a document at once: for pipes, terminals of pipelines and `.rbs` files."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self.raw = raw
-        self.part = 0
-
-    def write(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], *, last: bool) -> None:
-        """Append one document; `last` closes the stream and the next call opens another."""
-        self.part += 1
-        own = {**meta, "part": {"index": self.part, "last": last}}
-        if meta["kind"] not in ROWLESS:
-            own["count"] = row_count(arrays)
-        for piece in document.encode(arrays, own):
-            write_all(self.raw, piece)
-        if last:
-            self.part = 0
-
-    def close(self) -> None:
-        """Nothing is held back."""
-
-
-class FileWriter:
-    """Writes ONE document to a seekable file, its header last, in flat memory (rows wait in spools per tensor).
-
-    Several streams are joined if each goes on where the one before ended and agrees with it in all but its rows;
-    otherwise FormatError: such outputs need a pipe or a `.rbs` file.
-    """
-
-    def __init__(self, file: BinaryIO, *, directory: str | None = None) -> None:
-        self.file, self.directory = file, directory
-        self.spools: dict[str, Any] = {}
-        self.specs: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self.meta: dict[str, Any] | None = None
-        self.count = 0
-        self.complete = False
-
-    def write(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], *, last: bool) -> None:
-        """Append rows."""
-        if self.meta is None:
-            self._open(arrays, meta)
-        self._check(arrays, meta)
-        for name, array in arrays.items():
-            self.spools[name].write(document.as_bytes(array))
-        if meta["kind"] not in ROWLESS:
-            self.count += row_count(arrays)
-        self.complete = last
-
-    def _open(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-        self.meta = {key: value for key, value in meta.items() if key not in DERIVED}
-        for name, array in arrays.items():
-            self.specs[name] = (document.dtype_name(array), array.shape)
-            self.spools[name] = tempfile.SpooledTemporaryFile(max_size=SPOOL, dir=self.directory)  # noqa: SIM115
-
-    def _check(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-        assert self.meta is not None
-        fixed = {key: value for key, value in meta.items() if key not in (*DERIVED, "first", "total")}
-        if fixed != {key: value for key, value in self.meta.items() if key not in ("first", "total")}:
-            raise FormatError("several streams do not fit one document; try a name ending in .rbs, or a pipe")
-        if meta["kind"] in ROWLESS and self.complete:
-            raise FormatError("a second model does not fit one document; try a name ending in .rbs, or a pipe")
-        if self.count and meta["first"] != self.meta["first"] + self.count:
-            raise FormatError(
-                f"row {meta['first']} follows row {self.meta['first'] + self.count - 1}: streams that do not continue "
-                "one another do not fit one document; try a name ending in .rbs, or a pipe"
-            )
-        shapes = {name: (document.dtype_name(a), a.shape[1:]) for name, a in arrays.items()}
-        if shapes != {name: (dtype, shape[1:]) for name, (dtype, shape) in self.specs.items()}:
-            raise FormatError(f"rows from {meta['first']} have other tensors or shapes than those before")
-
-    def close(self) -> None:
-        """Write the document. Raises: FormatError when the final chunk never came."""
-        if self.meta is None or not self.complete:
-            raise FormatError("output is incomplete: the last rows never came")
-        meta = {**self.meta, "schema": document.SCHEMA, "part": {"index": 1, "last": True}}
-        specs = self.specs
-        if meta["kind"] not in ROWLESS:
-            meta["count"] = self.count
-            specs = {name: (dtype, (self.count, *shape[1:])) for name, (dtype, shape) in specs.items()}
-        tensors = document.layout(specs)
-        draft = document.encode_header(tensors, {**meta, "sha256": "0" * 64})
-        write_all(self.file, bytes(8) + draft[8:])  # the length stays 0 until all is there
-        sha = hashlib.sha256()
-        for name in tensors:
-            self._pour(name, sha)
-        header = document.encode_header(tensors, {**meta, "sha256": sha.hexdigest()})
-        self.file.seek(8)
-        write_all(self.file, header[8:])
-        self.file.flush()
-        self.file.seek(0)
-        write_all(self.file, header[:8])
-        self.file.flush()
-        # A shell lends one position to all commands of { a; b; } > file: the next writes behind this document.
-        self.file.seek(0, os.SEEK_END)
-
-    def _pour(self, name: str, sha: Any) -> None:
-        spool = self.spools[name]
-        spool.seek(0)
-        while piece := spool.read(PIECE):
-            sha.update(piece)
-            write_all(self.file, piece)
-        spool.close()
-
-    def __del__(self) -> None:
-        for spool in self.spools.values():  # what a failure left; closing twice does no harm
-            spool.close()
-
-
-def whole(file: BinaryIO, *, name: str, read: Callable[..., Reader] = Reader) -> Chunk:
+def whole(file: BinaryIO, *, name: str) -> Chunk:
     """The single document of a file, all rows at once. Raises: FormatError if there is none or more than one."""
-    chunks = list(read(file, name=name, rows=2**62))
+    chunks = list(Reader(file, name=name, rows=2**62))
     if len(chunks) != 1:
         raise FormatError(f"{name}: holds {len(chunks)} documents, expected one; try `rb-info --join`")
     return chunks[0]

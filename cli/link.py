@@ -19,7 +19,7 @@ from rbkit.cli._options import Json, NoClobber, Quiet, Seed
 from rbkit.formats.errors import FormatError
 
 if TYPE_CHECKING:
-    from rbkit.tools.link import Population, Subject
+    from rbkit.tools.population import Population, Subject
 
 NEEDED = {"metric": str, "model_sha": str, "n": int}
 FORMS = ("png", "svg", "pdf")
@@ -79,7 +79,9 @@ def link(
     records, named = _gather(sources or ["-"], controls or [])
     found = _population(records, named, run, incomplete=allow_incomplete)
     picked = _chosen(found, robustness)
-    from rbkit.tools.link import analyse, dose_responses, interpretability, summary
+    from rbkit.tools.dose import dose_responses
+    from rbkit.tools.link import analyse
+    from rbkit.tools.population import interpretability, summary
 
     targets = interpretability(found)
     if not targets:
@@ -161,7 +163,7 @@ def _finite(value: float) -> bool:
 
 
 def _population(records: list[dict[str, Any]], controls: dict[str, str], run: str, *, incomplete: bool) -> Population:
-    from rbkit.tools.link import population
+    from rbkit.tools.population import gather
 
     if not any(run in record for record in records):
         raise Usage(f"--run {run}: no record has that field")
@@ -172,11 +174,11 @@ def _population(records: list[dict[str, Any]], controls: dict[str, str], run: st
             "score all of them, or try --allow-incomplete"
         )
     with blame(Input, ValueError):
-        return population(records, controls=controls, run=run, incomplete=incomplete)
+        return gather(records, controls=controls, run=run, incomplete=incomplete)
 
 
 def _chosen(found: Population, texts: list[str] | None) -> list[Subject]:
-    from rbkit.tools.link import choose
+    from rbkit.tools.population import choose
 
     with blame(Usage if texts else Input, ValueError, prefix="--robustness: " if texts else ""):
         picked = [choose(found, text) for text in texts or ["robust_accuracy"]]
@@ -271,7 +273,7 @@ def _partial(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dosed(found: Population, model: str, curve: dict[str, Any]) -> bool:
-    from rbkit.tools.link import trained_radius
+    from rbkit.tools.population import trained_radius
 
     eps = trained_radius(found.about[model])
     return model not in found.controls and eps is not None and (

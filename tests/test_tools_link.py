@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import optimize, stats
 
-from rbkit.tools import correlation, dose, link
+from rbkit.tools import correlation, dose, link, population, verdict
 
 torch.set_num_threads(1)
 
@@ -314,8 +314,8 @@ def simulated(n=21, *, seed=0, controls=()):
 
 def analysed(records, **options):
     """(records of the link by (population, of, coefficient), verdicts by of)."""
-    found = link.population(records)
-    rows = link.analyse(found, [link.choose(found)], permutations=999, draws=200, **options)
+    found = population.gather(records)
+    rows = link.analyse(found, [population.choose(found)], permutations=999, draws=200, **options)
     json.dumps(rows, allow_nan=False)
     pairs = {(r["population"], r["of"].partition(",")[0], r["metric"]): r for r in rows if r["kind"] == "correlation"}
     return pairs, {r["target"]: r for r in rows if r["kind"] == "verdict"}
@@ -330,7 +330,7 @@ def outcome():
 def test_verdicts_know_the_truth_of_a_simulated_population(outcome):
     _, said = outcome
     assert {name: v["verdict"] for name, v in said.items()} == {
-        "alignment": link.RISES, "gini": link.ONLY, "entropy": link.NOT, "insertion": link.OPEN, "pointing_game": link.OPEN,
+        "alignment": verdict.RISES, "gini": verdict.ONLY, "entropy": verdict.NOT, "insertion": verdict.OPEN, "pointing_game": verdict.OPEN,
     }  # fmt: skip
     assert said["entropy"]["value"] < -0.9  # lower entropy is better: turned before it is correlated
     assert said["pointing_game"]["why"] == "the metric is the same for all models"
@@ -385,7 +385,7 @@ def test_fewer_than_five_models_get_no_p_value():
         row = pairs["main", "alignment", kind]
         assert row["value"] is not None and row["p"] is row["p_adjusted"] is None
         assert "4 models: fewer than 5" in row["p_reason"]
-    assert said["alignment"]["verdict"] == link.OPEN and "fewer than 5" in said["alignment"]["why"]
+    assert said["alignment"]["verdict"] == verdict.OPEN and "fewer than 5" in said["alignment"]["why"]
     five, _ = analysed(simulated(5))
     assert five["main", "alignment", "pearson"]["exact"] and five["main", "alignment", "pearson"]["p"] >= 1 / 120
     two, _ = analysed(simulated(2))
@@ -430,7 +430,7 @@ def test_a_missing_value_leaves_the_model_out_of_its_pairs_alone():
     without = [r for r in records if r["metric"] != "clean_accuracy"]
     pairs, said = analysed(without)
     assert pairs["main", "gini", "partial"]["reason"] == "the clean accuracy is not known"
-    assert said["alignment"]["verdict"] == link.OPEN and "cannot be held fixed" in said["alignment"]["why"]
+    assert said["alignment"]["verdict"] == verdict.OPEN and "cannot be held fixed" in said["alignment"]["why"]
 
 
 def test_controls_stand_apart_and_are_left_out_one_by_one():
@@ -438,7 +438,7 @@ def test_controls_stand_apart_and_are_left_out_one_by_one():
     n = {population: pairs[population, "alignment", "pearson"]["n"] for population in {key[0] for key in pairs}}
     assert n == {"main": 13, "with controls": 16, "without shuffled": 14, "without untrained": 15}
     assert said["alignment"]["n"] == 13 and set(said["alignment"]["elsewhere"]) == set(n) - {"main"}
-    found = link.population(
+    found = population.gather(
         [*simulated(3), attacked("m77", "robust_accuracy", 0.1, train_method="noise")], controls={"m01": "early"}
     )
     assert found.controls == {"m01": "early", "m77": "noise"}
@@ -447,17 +447,21 @@ def test_controls_stand_apart_and_are_left_out_one_by_one():
 
 def test_models_of_one_run_are_not_independent():
     records = [r | {"job": r["model_sha"][:2]} for r in simulated(20)]
-    found = link.population(records, run="job")
+    found = population.gather(records, run="job")
     rows = [
-        r for r in link.analyse(found, [link.choose(found)], permutations=99, draws=200) if r["of"] == "alignment, ig"
+        r
+        for r in link.analyse(found, [population.choose(found)], permutations=99, draws=200)
+        if r["of"] == "alignment, ig"
     ]
     for row in rows[:-1]:
         assert (row["n"], row["runs"]) == (20, 2) and row["low"] is row["p"] is row["boot_low"] is None
         assert "not independent" in row["interval_reason"] and "not independent" in row["p_reason"]
     records = [r | {"job": str(int(r["model_sha"][1:]) // 2)} for r in simulated(20)]
-    found = link.population(records, run="job")
+    found = population.gather(records, run="job")
     row = next(
-        r for r in link.analyse(found, [link.choose(found)], permutations=99, draws=200) if r["of"] == "alignment, ig"
+        r
+        for r in link.analyse(found, [population.choose(found)], permutations=99, draws=200)
+        if r["of"] == "alignment, ig"
     )
     assert row["runs"] == 10 and row["boot_low"] is not None and row["low"] is None
 
@@ -467,17 +471,17 @@ def test_models_of_one_run_are_not_independent():
 
 def test_records_that_contradict_each_other_are_refused():
     one = mapped("m0", "alignment", 0.5)
-    assert len(link.population([one, dict(one)]).values) == 1
+    assert len(population.gather([one, dict(one)]).values) == 1
     with pytest.raises(ValueError, match=r"alignment of model m0 \(alignment, ig\): 0.5 on 100 rows and 0.6 on 100"):
-        link.population([one, one | {"value": 0.6}])
+        population.gather([one, one | {"value": 0.6}])
     with pytest.raises(ValueError, match="on 50"):
-        link.population([one, one | {"n": 50}])
+        population.gather([one, one | {"n": 50}])
     with pytest.raises(ValueError, match="lower is better here"):
-        link.population([one, mapped("m1", "alignment", 0.4, better="lower")])
+        population.gather([one, mapped("m1", "alignment", 0.4, better="lower")])
     with pytest.raises(ValueError, match="fewer rows"):
-        link.population([one | {"complete": False}])
-    assert link.population([one | {"complete": False}], incomplete=True).values
-    assert not link.population([one | {"value": None}]).values
+        population.gather([one | {"complete": False}])
+    assert population.gather([one | {"complete": False}], incomplete=True).values
+    assert not population.gather([one | {"value": None}]).values
 
 
 def test_what_differs_in_method_mode_or_parameters_is_kept_apart():
@@ -486,8 +490,8 @@ def test_what_differs_in_method_mode_or_parameters_is_kept_apart():
         mapped("m1", "alignment", 0.4, params={"steps": 24, "seed": 9}), mapped("m0", "clean_accuracy", 0.9), mapped("m0", "ties", 0.0),
         mapped("m0", "insertion_agreement", 0.5), mapped("m0", "etmann_alignment", 2.0), mapped("m0", "etmann_alignment", 2.0, method="gradient"),
     ]  # fmt: skip
-    found = link.population(rows)
-    labels = [found.label(s) for s in link.interpretability(found)]
+    found = population.gather(rows)
+    labels = [found.label(s) for s in population.interpretability(found)]
     assert labels == ["alignment, gradient", "alignment, ig, steps 24", "alignment, ig, steps 50", "etmann_alignment"]
     (same,) = [s for s in found.values if found.label(s) == "alignment, ig, steps 24"]
     assert set(found.values[same]) == {"m0", "m1"}  # seeds do not tell subjects apart
@@ -499,8 +503,8 @@ def test_clean_accuracy_is_that_of_attacked_streams_then_of_the_most_rows():
         mapped("m0", "clean_accuracy", 0.1, n=900), attacked("m0", "clean_accuracy", 0.2, n=50), attacked("m0", "clean_accuracy", 0.3, n=80, eps=1.0),
         mapped("m1", "clean_accuracy", 0.4, n=7), mapped("m1", "clean_accuracy", 0.5, n=8, method="gradient"), mapped("m2", "gini", 0.5),
     ]  # fmt: skip
-    found = link.population(rows)
-    assert np.array_equal(link.clean_accuracy(found, list(found.about)), [0.3, 0.5, np.nan], equal_nan=True)
+    found = population.gather(rows)
+    assert np.array_equal(population.clean_accuracy(found, list(found.about)), [0.3, 0.5, np.nan], equal_nan=True)
 
 
 def test_robustness_is_chosen_by_radius_attack_and_norm():
@@ -509,21 +513,21 @@ def test_robustness_is_chosen_by_radius_attack_and_norm():
         attacked("m0", "robust_accuracy", 0.4, eps=8.0),
         attacked("m0", "robust_accuracy", 0.4, eps=0.5, crafted_on="m1"),
     ]
-    found = link.population(rows)
-    assert link.choose(found).short == "robust_accuracy, pgd l2 0.5"
-    assert link.choose(found, "robust_accuracy@2").eps == 2.0
+    found = population.gather(rows)
+    assert population.choose(found).short == "robust_accuracy, pgd l2 0.5"
+    assert population.choose(found, "robust_accuracy@2").eps == 2.0
     rows += [attacked(m, "robust_accuracy", 0.3, eps=0.5, attack="worst") for m in ("m0", "m1")]
-    assert link.choose(link.population(rows)).attack == "worst"
-    assert link.choose(link.population(rows), "robust_accuracy@pgd").attack == "pgd"
+    assert population.choose(population.gather(rows)).attack == "worst"
+    assert population.choose(population.gather(rows), "robust_accuracy@pgd").attack == "pgd"
     rows += [attacked("m0", "robust_accuracy", 0.3, eps=0.03, norm="linf")]
-    found = link.population(rows)
+    found = population.gather(rows)
     with pytest.raises(ValueError, match="say which"):
-        link.choose(found)
-    assert link.choose(found, "robust_accuracy@linf").eps == 0.03
+        population.choose(found)
+    assert population.choose(found, "robust_accuracy@linf").eps == 0.03
     with pytest.raises(ValueError, match=r"nothing has '0\.7'"):
-        link.choose(found, "robust_accuracy@l2:0.7")
+        population.choose(found, "robust_accuracy@l2:0.7")
     with pytest.raises(ValueError, match="no record of gini; there are robust_accuracy"):
-        link.choose(found, "gini")
+        population.choose(found, "gini")
 
 
 # -------------------------------------------------------------------------------------------- verdicts and doses
@@ -537,20 +541,20 @@ def estimate(value, p, *, low=-0.5, high=0.9, **more):
 @pytest.mark.parametrize(
     ("raw", "held", "expected"),
     [
-        (estimate(0.8, 0.01), estimate(0.7, 0.04, accuracy=-0.5), link.RISES),
-        (estimate(0.8, 0.01), estimate(0.7, 0.06, accuracy=-0.5), link.ONLY),
-        (estimate(0.8, 0.01), estimate(-0.7, 0.01, accuracy=-0.5), link.ONLY),
-        (estimate(0.8, 0.01), estimate(0.7, 0.06, accuracy=0.5), link.OPEN),
-        (estimate(0.8, 0.06), estimate(0.7, 0.01, accuracy=-0.5), link.OPEN),
-        (estimate(-0.8, 0.01), estimate(0.7, 0.01, accuracy=-0.5), link.NOT),
-        (estimate(-0.1, 0.5, high=0.29), estimate(0.7, 0.01, accuracy=-0.5), link.NOT),
-        (estimate(-0.1, 0.5, high=0.31), estimate(0.7, 0.01, accuracy=-0.5), link.OPEN),
-        (estimate(0.9, None, p_reason="few"), estimate(0.7, None), link.OPEN),
-        (estimate(0.9, 0.01), estimate(None, None, p_reason="none"), link.OPEN),
+        (estimate(0.8, 0.01), estimate(0.7, 0.04, accuracy=-0.5), verdict.RISES),
+        (estimate(0.8, 0.01), estimate(0.7, 0.06, accuracy=-0.5), verdict.ONLY),
+        (estimate(0.8, 0.01), estimate(-0.7, 0.01, accuracy=-0.5), verdict.ONLY),
+        (estimate(0.8, 0.01), estimate(0.7, 0.06, accuracy=0.5), verdict.OPEN),
+        (estimate(0.8, 0.06), estimate(0.7, 0.01, accuracy=-0.5), verdict.OPEN),
+        (estimate(-0.8, 0.01), estimate(0.7, 0.01, accuracy=-0.5), verdict.NOT),
+        (estimate(-0.1, 0.5, high=0.29), estimate(0.7, 0.01, accuracy=-0.5), verdict.NOT),
+        (estimate(-0.1, 0.5, high=0.31), estimate(0.7, 0.01, accuracy=-0.5), verdict.OPEN),
+        (estimate(0.9, None, p_reason="few"), estimate(0.7, None), verdict.OPEN),
+        (estimate(0.9, 0.01), estimate(None, None, p_reason="none"), verdict.OPEN),
     ],
 )
 def test_verdict(raw, held, expected):
-    assert link.verdict(raw, held)[0] == expected
+    assert verdict.verdict(raw, held)[0] == expected
 
 
 def test_doses_are_radii_of_training_without_controls():
@@ -558,9 +562,9 @@ def test_doses_are_radii_of_training_without_controls():
         *simulated(20, seed=5, controls=("early",)),
         mapped("m99", "alignment", 9.0, train_method="noise", train_eps=0.0),
     ]
-    found = link.population(records)
-    subjects = link.interpretability(found)
-    rows = {r["target"]: r for r in link.dose_responses(found, subjects)}
+    found = population.gather(records)
+    subjects = population.interpretability(found)
+    rows = {r["target"]: r for r in dose.dose_responses(found, subjects)}
     json.dumps(list(rows.values()), allow_nan=False)
     rises, falls = rows["alignment"], rows["entropy"]
     assert rises["n"] == 19 and rises["eps"] == [0, 0.25, 0.5, 0.75, 1.0] and rises["norm"] == "l2"
@@ -583,9 +587,9 @@ def test_doses_are_apart_by_norm_and_need_three_radii():
     rows = [
         mapped(f"m{i}", "alignment", i / 7, train_norm="linf" if i % 2 else "l2", train_eps=i / 4) for i in range(8)
     ]
-    found = link.population(rows)
-    curves = {r["norm"]: r for r in link.dose_responses(found, link.interpretability(found))}
+    found = population.gather(rows)
+    curves = {r["norm"]: r for r in dose.dose_responses(found, population.interpretability(found))}
     assert curves["l2"]["eps"] == [0, 0.5, 1.0, 1.5] and curves["linf"]["eps"] == [0, 0.25, 0.75, 1.25, 1.75]
-    found = link.population(rows[:3])
-    (curve, other) = link.dose_responses(found, link.interpretability(found))
+    found = population.gather(rows[:3])
+    (curve, other) = dose.dose_responses(found, population.interpretability(found))
     assert curve["reason"] == other["reason"] == "2 radii of training; 3 are needed"

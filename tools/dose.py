@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from rbkit.tools.correlation import FLAT, Array, percentile_interval
+from rbkit.tools.correlation import FLAT, Array, bootstrap_counts, percentile_interval
+from rbkit.tools.population import MAIN, Population, Subject, trained_radius
+from rbkit.tools.statistics import finite_or_none
 
 LEVELS = 3  # doses below which the half-effect dose is no more than the middle of two
+DRAWS = 1000  # of the cluster bootstrap
 DEFINED = 0.9  # share of bootstrap draws that must have a half-effect dose for it to get an interval
 
 
@@ -108,3 +113,62 @@ def dose_response(dose: Array, response: Array, weights: Array, *, confidence: f
         doses, means, fit, low, high, rises, half_effect(doses, fit), half_low, half_high, defined,
         float(means[-1] - means[0]), change_low, change_high,
     )  # fmt: skip
+
+
+def dose_responses(found: Population, subjects: Sequence[Subject], *, seed: int = 0) -> list[dict[str, Any]]:
+    """How each subject moves over the radius of training, controls left out: a record per norm and subject.
+
+    value, low, high: the half-effect radius with its bootstrap interval, None where the change from the first to the
+    last radius is not told from 0 (change, change_low, change_high); eps, mean, fit, fit_low, fit_high: the curve;
+    improves: whether it moves in the direction that is better.
+    """
+    models = found.named()[MAIN]
+    dosed = {m: eps for m in models if (eps := trained_radius(found.about[m])) is not None}
+    norms = sorted({str(found.about[m].get("train_norm")) for m, eps in dosed.items() if eps})
+    records = []
+    for norm in norms:
+        members = [m for m, eps in dosed.items() if not eps or str(found.about[m].get("train_norm")) == norm]
+        runs = sorted({found.runs[m] for m in members})
+        counts = bootstrap_counts(len(runs), draws=DRAWS, seed=seed)
+        weights = counts[:, [runs.index(found.runs[m]) for m in members]]
+        for subject in subjects:
+            records.append(_dose_record(found, subject, members, dosed, weights) | {"norm": norm})
+    return records
+
+
+def _dose_record(
+    found: Population, subject: Subject, members: list[str], dosed: Mapping[str, float], weights: Array
+) -> dict[str, Any]:
+    response = found.column(subject, members)
+    known = ~np.isnan(response)
+    dose = np.array([dosed[m] for m in members])[known]
+    record: dict[str, Any] = {
+        "metric": "half_effect_eps", "value": None, "low": None, "high": None, "n": int(known.sum()), "unit": "pixels",
+        "better": "lower", "kind": "dose_response", "of": found.label(subject), "target": subject.metric,
+        "method": subject.method, "mode": subject.mode,
+    }  # fmt: skip
+    if len(np.unique(dose)) < LEVELS:
+        return record | {"reason": f"{len(np.unique(dose))} radii of training; {LEVELS} are needed"}
+    curve = dose_response(dose, response[known], weights[:, known])
+    return record | _curve(curve, found.sign(subject))
+
+
+def _curve(curve: Dose, sign: float) -> dict[str, Any]:
+    """A curve in the metric's own units as fields of a record."""
+    low, high = (curve.low, curve.high) if sign > 0 else (curve.high, curve.low)
+    ends = sorted((curve.change_low * sign, curve.change_high * sign))
+    found: dict[str, Any] = {
+        "value": curve.half, "low": curve.half_low, "high": curve.half_high, "defined": curve.defined,
+        "improves": None if curve.half is None else curve.rises, "change": sign * curve.change,
+        "change_low": finite_or_none(float(ends[0])), "change_high": finite_or_none(float(ends[1])), "eps": curve.doses.tolist(),
+        "mean": (sign * curve.mean).tolist(), "fit": (sign * curve.fit).tolist(),
+        "fit_low": [finite_or_none(float(sign * v)) for v in low], "fit_high": [finite_or_none(float(sign * v)) for v in high],
+    }  # fmt: skip
+    nothing = {"value": None, "low": None, "high": None, "improves": None}
+    if curve.half is None:
+        return found | nothing | {"reason": "the fit is flat"}
+    if ends[0] <= 0 <= ends[1]:
+        return found | nothing | {"reason": "the change from the first to the last radius is not told from 0"}
+    if curve.half_low is None:
+        found["interval_reason"] = f"only {curve.defined:.0%} of the bootstrap draws have a half-effect radius"
+    return found

@@ -38,9 +38,9 @@ from rbkit.cli._rows import checked
 
 if TYPE_CHECKING:
     from rbkit.formats.chunk import Chunk
-    from rbkit.tools.ascend import Batch
     from rbkit.tools.attack import Attack, Attacked
     from rbkit.tools.models import Evaluation
+    from rbkit.tools.slots import Batch
 
 Models = tuple[Model, Model | None]  # the attacked one, and the surrogate that images are made on
 NAMES = ("fgsm", "pgd", "apgd-ce", "apgd-dlr", "apgd-t", "square", "fab-t", "auto")
@@ -338,8 +338,8 @@ def _poll(ahead: _io.ReadAhead, device: Any, options: dict[str, Any]) -> Callabl
     """Chunks as batches of the tool; without refilling a batch never meets another in a block."""
     import torch
 
-    from rbkit.tools.ascend import Batch
     from rbkit.tools.examples import as_float
+    from rbkit.tools.slots import Batch
 
     def poll(wait: bool) -> Batch | None:
         if not wait and not options["refill"]:

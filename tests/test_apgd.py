@@ -9,9 +9,11 @@ from toys import C, H, K, N, W, convnet, evaluation, generator, images, linear, 
 
 from rbkit.tools import attack, losses
 from rbkit.tools.apgd import Apgd, checkpoints
-from rbkit.tools.ascend import Batch, ascend, flow, polling
+from rbkit.tools.ascend import ascend
+from rbkit.tools.flow import flow, polling
 from rbkit.tools.models import Classifier
 from rbkit.tools.norms import NORMS
+from rbkit.tools.slots import Batch
 
 BOTH = pytest.mark.parametrize("norm", ["l2", "linf"])
 IDS = torch.arange(N) * 3 + 1

@@ -7,9 +7,10 @@ import torch
 from toys import C, H, K, N, W, convnet, evaluation, generator, images, linear, weights_of
 
 from rbkit.tools import attack, losses
-from rbkit.tools.ascend import Batch, polling
 from rbkit.tools.fab import project
+from rbkit.tools.flow import polling
 from rbkit.tools.norms import NORMS
+from rbkit.tools.slots import Batch
 
 BOTH = pytest.mark.parametrize("norm", ["l2", "linf"])
 IDS = torch.arange(N) * 3 + 1

@@ -14,10 +14,12 @@ from toys import C, K, convnet, evaluation, generator, images
 
 from rbkit.cli._checkpoint import Job
 from rbkit.tools import attack, invert, train
-from rbkit.tools.ascend import Batch, Plan, ascend, climb, drive, polling
+from rbkit.tools.ascend import Plan, ascend, climb, drive
 from rbkit.tools.augment import resized
+from rbkit.tools.flow import polling
 from rbkit.tools.losses import cross_entropy
 from rbkit.tools.norms import L2
+from rbkit.tools.slots import Batch
 from rbkit.tools.train import Inner, begin, fit, learning_rate
 
 ROWS = 40  # more than a block of 32: each block has a mean of its own

@@ -7,8 +7,9 @@ import torch
 from toys import C, H, K, N, W, convnet, evaluation, images, linear, weights_of
 
 from rbkit.tools import attack, losses
-from rbkit.tools.ascend import Batch, polling
+from rbkit.tools.flow import polling
 from rbkit.tools.norms import L2, LINF, NORMS
+from rbkit.tools.slots import Batch
 from rbkit.tools.square import Square, covered, pyramid
 
 BOTH = pytest.mark.parametrize("norm", ["l2", "linf"])

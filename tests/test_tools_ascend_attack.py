@@ -15,9 +15,11 @@ from toys import C, H, K, N, W, convnet, evaluation, generator, images, linear, 
 from rbkit.tools import ascend as loop
 from rbkit.tools import attack, losses
 from rbkit.tools.architectures import build
-from rbkit.tools.ascend import Batch, Plan, ascend, flow, polling
+from rbkit.tools.ascend import Plan, ascend
+from rbkit.tools.flow import flow, polling
 from rbkit.tools.models import Classifier
 from rbkit.tools.norms import L2, NORMS
+from rbkit.tools.slots import Batch
 
 BOTH = pytest.mark.parametrize("norm", ["l2", "linf"])
 IDS = torch.arange(N) * 3 + 1

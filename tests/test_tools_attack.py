@@ -6,8 +6,10 @@ import torch
 from toys import generator
 
 from rbkit.tools import architectures, attack, models, sameness
-from rbkit.tools.ascend import Batch, Plan, ascend, flow, polling
+from rbkit.tools.ascend import Plan, ascend
+from rbkit.tools.flow import flow, polling
 from rbkit.tools.norms import L2
+from rbkit.tools.slots import Batch
 
 
 def test_a_refilled_slot_has_all_its_restarts():

@@ -9,9 +9,10 @@ import torch
 import toys
 from toys import K, convnet, evaluation, generator, images, linear
 
-from rbkit.tools import ascend, attack, losses, sameness
-from rbkit.tools.ascend import Batch, polling
+from rbkit.tools import attack, flow, losses, sameness
+from rbkit.tools.flow import polling
 from rbkit.tools.norms import NORMS
+from rbkit.tools.slots import Batch
 
 FIELDS = ("images", "value", "reached", "forwards", "backwards", "zero_gradients")
 EPS = {"l2": 0.1, "linf": 0.012}
@@ -175,7 +176,7 @@ def test_the_last_rows_go_on_in_narrower_blocks_with_the_same_numbers(name, norm
         victim = evaluation(model)
         victim.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(len(inputs[0])))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ascend, "PATIENCE", 0)
+            patch.setattr(flow, "PATIENCE", 0)
             patch.setattr(sameness, "equal_widths", lambda *_, widths=widths: () if widths is None else widths(None))
             result = next(attack.run(victim, spec, source))[1]
         found.append((result, sizes))
@@ -186,7 +187,7 @@ def test_the_last_rows_go_on_in_narrower_blocks_with_the_same_numbers(name, norm
     assert {16, 8} & set(narrower) and sum(narrower) < sum(wide)
 
 
-@pytest.mark.parametrize(("steps", "asked"), [(ascend.PATIENCE - 1, 0), (ascend.PATIENCE + 1, 1)])
+@pytest.mark.parametrize(("steps", "asked"), [(flow.PATIENCE - 1, 0), (flow.PATIENCE + 1, 1)])
 def test_a_short_attack_never_pays_for_the_question(steps, asked, monkeypatch):
     model, x = convnet(), images(5, high=0.9)
     times = []

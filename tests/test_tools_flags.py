@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from toys import H, W, convnet, generator, linear
 
 from rbkit.tools import attack, flags
-from rbkit.tools.ascend import Batch, polling
+from rbkit.tools.flow import polling
 from rbkit.tools.models import Classifier, Evaluation
+from rbkit.tools.slots import Batch
 
 N, C, EPS = 32, 3, 0.5
 

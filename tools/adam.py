@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rbkit.tools.ascend import Batch, Climb, Objective, Plan, Slots, projected
+from rbkit.tools.ascend import Climb, Plan, projected
 from rbkit.tools.norms import per_row
+from rbkit.tools.slots import Batch, Objective, Slots
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rbkit.tools.ascend import Batch, Objective, Slots, Start
 from rbkit.tools.norms import Norm, per_row
+from rbkit.tools.slots import Batch, Objective, Slots, Start
 
 MOMENTUM = 0.75  # share of the new direction in a step, alpha of section 3.1
 RISING = 0.75  # share of steps that must rise between two checkpoints, rho of section 3.2

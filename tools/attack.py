@@ -14,12 +14,14 @@ from torch import Tensor
 
 from rbkit.tools import random
 from rbkit.tools.apgd import Apgd
-from rbkit.tools.ascend import Ascent, Batch, Context, Flow, Objective, Outcome, Plan, Poll, Start, counted, finished
+from rbkit.tools.ascend import Plan, counted
 from rbkit.tools.fab import Fab
+from rbkit.tools.flow import Flow, Poll, finished
 from rbkit.tools.losses import AIMED, LOSSES, clearly_above, fitting_loss, is_broken, margin
 from rbkit.tools.models import Evaluation
 from rbkit.tools.norms import NORMS, Norm
 from rbkit.tools.sameness import Widths
+from rbkit.tools.slots import Ascent, Batch, Context, Objective, Outcome, Start
 from rbkit.tools.square import Square
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rbkit.tools.ascend import Batch, Objective, Slots, Start
 from rbkit.tools.norms import Norm, per_row
+from rbkit.tools.slots import Batch, Objective, Slots, Start
 
 BIAS = 0.1  # largest share of the clean image's projection in a step, alpha_max of section 3.3
 OVERSHOOT = 1.05  # eta: how far a step goes, as a multiple of the way to the linearised boundary

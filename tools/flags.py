@@ -20,11 +20,12 @@ from scipy import stats
 from torch import Tensor
 
 from rbkit.tools import random
-from rbkit.tools.ascend import Batch, Objective, Plan, ascend, climb
+from rbkit.tools.ascend import Plan, ascend, climb
 from rbkit.tools.attack import Attack, fgsm, objective, pgd, random_start
 from rbkit.tools.losses import TIE
 from rbkit.tools.models import Evaluation, in_blocks
 from rbkit.tools.norms import NORMS
+from rbkit.tools.slots import Batch, Objective
 
 SIZE = 64  # rows of the sample
 LEVEL = 0.01  # of the sign test

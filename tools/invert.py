@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from rbkit.tools import random
 from rbkit.tools.adam import Adam
-from rbkit.tools.ascend import Batch, Context, Objective, Outcome, Plan, ascend, counted
+from rbkit.tools.ascend import Plan, ascend, counted
 from rbkit.tools.losses import LOSSES
 from rbkit.tools.models import Evaluation, fake_last_relu, in_blocks
 from rbkit.tools.norms import L2
+from rbkit.tools.slots import Batch, Context, Objective, Outcome
 
 SEED_GRID = 4  # side of the blocks that class seeds are averaged over
 STEP_SIZES = {"normalised": 0.5, "plain": 1.0, "adam": 0.02}  # of each optimizer, where none is asked for

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rbkit.tools import random
-from rbkit.tools.ascend import Batch, Context, Objective, Plan, counted, drive
+from rbkit.tools.ascend import Plan, counted, drive
 from rbkit.tools.attack import objective, random_start
 from rbkit.tools.examples import Data
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.norms import NORMS
 from rbkit.tools.recipe import Recipe
+from rbkit.tools.slots import Batch, Context, Objective
 
 
 class NumericError(ArithmeticError):

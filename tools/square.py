@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rbkit.tools import random
-from rbkit.tools.ascend import Batch, Objective, Slots
 from rbkit.tools.norms import Norm, per_row
+from rbkit.tools.slots import Batch, Objective, Slots
 
 SHARE = 0.8  # of the pixels that the first patches cover, p of section 3.2
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000 after which the share is halved

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from rbkit.tools.ascend import Batch, ascend
+from rbkit.tools.ascend import ascend
 from rbkit.tools.attack import Attack, objective, pgd
 from rbkit.tools.examples import Data, as_float
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.ranks import ALONE, Ranks
 from rbkit.tools.recipe import ROBUST, Recipe
 from rbkit.tools.risk import NumericError
+from rbkit.tools.slots import Batch
 
 
 def validation_attack(recipe: Recipe) -> Attack | None:

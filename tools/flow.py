@@ -1,0 +1,159 @@
+"""The flow of rows from batches to the slots of a block and back, in order: all that climbs is fed by it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from rbkit.tools.slots import PER_SLOT, Ascent, Batch, Objective, Outcome, Slots
+
+Poll = Callable[[bool], Batch | None]
+T = TypeVar("T")
+PATIENCE = 8  # evaluations of a full block that it costs to tell in which narrower ones a row's numbers are the same
+
+
+@dataclass
+class _Entry:
+    """A batch on its way: which rows still wait for a slot and how many are not done."""
+
+    batch: Batch
+    outcome: Outcome
+    waiting: deque[int] = field(default_factory=deque)
+    left: int = 0
+
+
+def polling(batches: Iterable[Batch]) -> Poll:
+    """A source that is always ready: `poll(wait)` gives the next batch, or raises StopIteration."""
+    iterator = iter(batches)
+    return lambda wait: next(iterator)
+
+
+class Flow:
+    """Rows from batches to slots and back, in order: `poll` is a source of finished batches.
+
+    widths(images) tells narrower blocks in which such rows have the same numbers, to the last bit. The last rows of the
+    input go on in these, since a full block for a few of them would be mostly padding. As it costs PATIENCE evaluations
+    to tell, it is asked when so many were mostly padding: a short attack never pays for it.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        plan: Ascent,
+        poll: Poll,
+        *,
+        block: int,
+        refill: bool = True,
+        widths: Callable[[Tensor], tuple[int, ...]] | None = None,
+    ) -> None:
+        self.widths = widths if refill else None
+        self.padded = 0
+        self.objective, self.plan, self.block = objective, plan, block
+        self.source, self.refill = poll, refill
+        self.entries: deque[_Entry] = deque()
+        self.ended = False
+        self.owner: dict[int, tuple[_Entry, int]] = {}
+        self.slots: Slots | None = None
+
+    def poll(self, wait: bool) -> tuple[Batch, Outcome] | None:
+        """The next finished batch, or None where nothing can be done without waiting. Raises StopIteration at the end."""
+        while True:
+            if not self.entries and not self.ask(wait):
+                if self.ended:
+                    raise StopIteration
+                return None
+            if not self.entries[0].left:
+                entry = self.entries.popleft()
+                return entry.batch, entry.outcome
+            if self.slots is None:
+                self.slots = self.plan.slots(self.objective, self.entries[0].batch, block=self.block)
+            self.fill(self.slots)
+            self._narrow(self.slots)
+            self.collect(self.slots, self.slots.advance())
+
+    def ask(self, wait: bool) -> bool:
+        """Take in one more batch; False when none is ready."""
+        if self.ended:
+            return False
+        try:
+            batch = self.source(wait)
+        except StopIteration:
+            self.ended = True
+            return False
+        if batch is None:
+            return False
+        skip = torch.zeros(len(batch), dtype=torch.bool) if batch.skip is None else batch.skip.cpu()
+        waiting = deque((~skip).nonzero()[:, 0].tolist())
+        self.entries.append(_Entry(batch, Outcome.of(batch), waiting, len(waiting)))
+        return True
+
+    def fill(self, slots: Slots) -> None:
+        """Give free slots to waiting rows; another batch is taken in only if it is ready.
+
+        Without refilling, slots are given only when all are free, and to rows of one batch.
+        """
+        if self.owner and not self.refill:
+            return
+        free = [s for s in range(slots.block) if s not in self.owner]
+        while free:
+            entry = next((e for e in self.entries if e.waiting), None)
+            if entry is None:
+                if self.refill and self.ask(False):
+                    continue
+                return
+            count = min(len(free), len(entry.waiting))
+            taken, free = free[:count], free[count:]
+            rows = [entry.waiting.popleft() for _ in taken]
+            device = slots.ids.device
+            slots.load(torch.tensor(taken, device=device), entry.batch, torch.tensor(rows, device=device))
+            self.owner.update({slot: (entry, row) for slot, row in zip(taken, rows, strict=True)})
+
+    def _narrow(self, slots: Slots) -> None:
+        """Once no row is waiting or can come, let those at work move together into the narrowest block that fits."""
+        count = len(self.owner)
+        if self.widths is None or not self.ended or 2 * count > slots.block or any(e.waiting for e in self.entries):
+            return
+        self.padded += 1
+        if self.padded <= PATIENCE:
+            return
+        width = min((w for w in self.widths(slots.clean) if count <= w < slots.block), default=None)
+        if width is not None:
+            idle = [s for s in range(slots.block) if s not in self.owner]
+            kept = (sorted(self.owner) + idle)[:width]
+            slots.take(torch.tensor(kept, device=slots.ids.device))
+            self.owner = {new: self.owner[old] for new, old in enumerate(kept) if old in self.owner}
+
+    def collect(self, slots: Slots, done: Tensor) -> None:
+        """Copy the results of finished slots to their rows."""
+        for slot in done.tolist():
+            entry, row = self.owner.pop(slot)
+            for name in PER_SLOT:
+                getattr(entry.outcome, name)[row] = getattr(slots.best, name)[slot]
+            entry.left -= 1
+
+
+def flow(
+    objective: Objective, plan: Ascent, poll: Poll, *, block: int, refill: bool = True
+) -> Iterator[tuple[Batch, Outcome]]:
+    """Climb from every row of the batches of `poll`; batches leave in the order in which they came.
+
+    Slots are refilled across batches that are ready (`poll(False)`); nothing waits for input while rows can climb.
+    Without `refill` a block takes rows of one batch and keeps them until all are done.
+    """
+    yield from finished(Flow(objective, plan, poll, block=block, refill=refill).poll)
+
+
+def finished(poll: Callable[[bool], T | None]) -> Iterator[T]:
+    """All that a source gives, waiting for each."""
+    while True:
+        try:
+            found = poll(True)
+        except StopIteration:
+            return
+        if found is not None:
+            yield found

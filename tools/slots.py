@@ -1,0 +1,172 @@
+"""Slots: a block of fixed size in which examples climb, each at a step of its own.
+
+A finished example leaves its slot to the next one (`flow`), so that a full block is computed as long as there is work.
+A row's numbers depend neither on its slot nor on its neighbours. Kinds of ascent are kinds of `Slots`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Context = Mapping[str, Tensor]
+Start = Callable[[Tensor, Tensor, Tensor], Tensor]
+PER_SLOT = ("images", "value", "reached", "forwards", "backwards", "zero_gradients")  # fields of Outcome
+
+
+class Objective(Protocol):
+    """What is maximised: (value (B,), reached bool (B,)) at images (B, C, H, W) in `context` (one row per slot)."""
+
+    def __call__(self, images: Tensor, context: Context) -> tuple[Tensor, Tensor]: ...
+
+
+class Ascent(Protocol):
+    """A way to climb: it gives the block of slots in which that happens."""
+
+    def slots(self, objective: Objective, like: Batch, *, block: int) -> Slots: ...
+
+
+@dataclass
+class Batch:
+    """Rows to climb from: ids int64 (N,), clean (N, C, H, W), context per row; rows in `skip` are returned as they are."""
+
+    ids: Tensor
+    clean: Tensor
+    context: dict[str, Tensor]
+    skip: Tensor | None = None
+    tag: Any = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class Outcome:
+    """Per row: the kept iterate, its value, whether it reached the goal, forward and backward passes, zero gradients."""
+
+    images: Tensor
+    value: Tensor
+    reached: Tensor
+    forwards: Tensor
+    backwards: Tensor
+    zero_gradients: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> Outcome:
+        """What stands before any climbing: the clean rows."""
+        n, device = len(batch), batch.clean.device
+        counts = [torch.zeros(n, dtype=torch.int64, device=device) for _ in range(3)]
+        value = torch.full((n,), float("-inf"), device=device)
+        return cls(batch.clean.clone(), value, torch.zeros(n, dtype=torch.bool, device=device), *counts)
+
+
+class Slots(ABC):
+    """A block of `block` slots, each at work for one example: who sits where, and what was found so far.
+
+    Kinds of ascent differ in `begin` and `advance`. Whatever they remember is a tensor with a row per slot, because
+    slots are at different steps; a row's numbers must depend neither on its slot nor on its neighbours.
+    STATE names these tensors. Shapes: ids, step, restart, active (B,); clean, now (B, C, H, W); context (B, ...) each.
+    """
+
+    STATE: tuple[str, ...] = ("ids", "clean", "now", "step", "restart", "active")
+
+    def __init__(self, objective: Objective, like: Batch, *, block: int) -> None:
+        device = like.clean.device
+        self.objective, self.block = objective, block
+        # Idle slots hold a real row, so that padding is ordinary arithmetic.
+        self.ids = like.ids[:1].repeat(block)
+        self.clean = like.clean[:1].repeat(block, 1, 1, 1)
+        self.now = self.clean.clone()
+        self.context = {k: v[:1].repeat(block, *[1] * (v.dim() - 1)) for k, v in like.context.items()}
+        self.best = Outcome.of(Batch(self.ids, self.clean, {}))
+        self.step = torch.zeros(block, dtype=torch.int64, device=device)
+        self.restart = torch.zeros(block, dtype=torch.int64, device=device)
+        self.active = torch.zeros(block, dtype=torch.bool, device=device)
+
+    @abstractmethod
+    def begin(self, slots: Tensor) -> None:
+        """Set up the restart that `slots` (int64 indices) are at; their step is 0."""
+
+    @abstractmethod
+    def advance(self) -> Tensor:
+        """One evaluation of every slot, and what follows from it; returns the slots that are done (int64 indices)."""
+
+    def load(self, slots: Tensor, batch: Batch, rows: Tensor) -> None:
+        """Put `rows` of `batch` into `slots`."""
+        self.ids[slots], self.clean[slots] = batch.ids[rows], batch.clean[rows]
+        for key, values in batch.context.items():
+            self.context[key][slots] = values[rows]
+        fresh = Outcome.of(Batch(self.ids[slots], self.clean[slots], {}))
+        for name in PER_SLOT:
+            getattr(self.best, name)[slots] = getattr(fresh, name)
+        self.step[slots], self.restart[slots], self.active[slots] = 0, 0, True
+        self._aim(slots)
+        self.begin(slots)
+
+    def take(self, slots: Tensor) -> None:
+        """Go on with these slots (int64 indices) alone, in this order: a narrower block."""
+        for name in self.STATE:
+            setattr(self, name, getattr(self, name)[slots])
+        for name in PER_SLOT:
+            setattr(self.best, name, getattr(self.best, name)[slots])
+        self.context = {key: values[slots] for key, values in self.context.items()}
+        self.block = len(slots)
+
+    @property
+    def rounds(self) -> int:
+        """Targets that each restart aims at in turn: the columns of `targets` in the context, else 1."""
+        return self.context["targets"].shape[1] if "targets" in self.context else 1
+
+    def _aim(self, slots: Tensor) -> None:
+        """Let `target` of the context be the one that the restart of `slots` is for."""
+        if "targets" in self.context:
+            self.context["target"][slots] = self.context["targets"][slots, self.restart[slots] % self.rounds]
+
+    def started(self, slots: Tensor, start: Start | None) -> Tensor:
+        """First iterates of `slots` in the restart that they are at."""
+        clean = self.clean[slots]
+        return clean if start is None else start(self.ids[slots], clean, self.restart[slots])
+
+    def evaluate(self, climbing: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(value, reached, gradient) at `now`, counted; the gradient only if a slot is `climbing`, bool (B,)."""
+        needed = bool(climbing.any())
+        images = self.now.detach().requires_grad_(needed)
+        with torch.set_grad_enabled(needed):
+            value, reached = self.objective(images, self.context)
+            gradient = torch.autograd.grad(value.sum(), images)[0] if needed else None
+        self.best.forwards += self.active
+        self.best.backwards += climbing
+        if gradient is not None:
+            self.best.zero_gradients += climbing & (gradient.flatten(1).abs().amax(1) == 0)
+        return value.detach(), reached, gradient
+
+    def keep(self, better: Tensor, images: Tensor, value: Tensor, reached: Tensor) -> None:
+        """Take these images with their values into the outcome of the slots that are `better`, bool (B,)."""
+        best = self.best
+        best.value = torch.where(better, value, best.value)
+        best.reached = torch.where(better, reached, best.reached)
+        best.images = torch.where(better[:, None, None, None], images, best.images)
+
+    def improved(self, value: Tensor, reached: Tensor) -> Tensor:
+        """Active slots whose outcome is worse than this: reaching the goal comes before a higher value."""
+        higher = (value > self.best.value) & (reached == self.best.reached)
+        return self.active & ((reached & ~self.best.reached) | higher)
+
+    def begin_again(self, again: Tensor) -> None:
+        """Start the next restart of the slots in `again`, bool (B,)."""
+        if bool(again.any()):
+            slots = again.nonzero()[:, 0]
+            self.step[slots] = 0
+            self.restart[slots] += 1
+            self._aim(slots)
+            self.begin(slots)
+
+    def leave(self, done: Tensor) -> Tensor:
+        """Free the slots in `done`, bool (B,); returns their indices."""
+        self.active = self.active & ~done
+        return done.nonzero()[:, 0]

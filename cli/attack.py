@@ -38,9 +38,10 @@ from rbkit.cli._rows import checked
 
 if TYPE_CHECKING:
     from rbkit.formats.chunk import Chunk
-    from rbkit.tools.attack import Attack, Attacked
+    from rbkit.tools.attack import Attack
     from rbkit.tools.models import Evaluation
     from rbkit.tools.slots import Batch
+    from rbkit.tools.stages import Attacked
 
 Models = tuple[Model, Model | None]  # the attacked one, and the surrogate that images are made on
 NAMES = ("fgsm", "pgd", "apgd-ce", "apgd-dlr", "apgd-t", "square", "fab-t", "auto")
@@ -282,7 +283,7 @@ def _attack_all(
 def _attack_stream(
     options: dict[str, Any], eps: float, models: Models, stream: Iterator[Chunk], sink: _io.Sink
 ) -> None:
-    from rbkit.tools import attack as tool
+    from rbkit.tools import stages
 
     victim, surrogate = models
     maker = surrogate or victim
@@ -298,7 +299,7 @@ def _attack_stream(
     history = _history.entry("rb-attack", _recorded(options, spec), model=victim.sha, inputs=inputs)
     with Progress("rb-attack", total=None, unit="images", quiet=options["quiet"]) as progress:
         poll = _poll(ahead, evaluation.device, options)
-        results = _io.guarded(lambda: tool.run(evaluation, spec, poll, refill=options["refill"], judge=judge))
+        results = _io.guarded(lambda: stages.run(evaluation, spec, poll, refill=options["refill"], judge=judge))
         for chunk, result in results:
             arrays = {**chunk.arrays, **_columns(chunk, result)}
             sink.write(arrays, _meta(chunk, spec, models, history), last=chunk.last)

@@ -7,7 +7,7 @@ import reference
 import torch
 from toys import C, H, K, N, W, convnet, evaluation, generator, images, linear, weights_of
 
-from rbkit.tools import attack, losses
+from rbkit.tools import attack, losses, stages
 from rbkit.tools.apgd import Apgd, checkpoints
 from rbkit.tools.ascend import ascend
 from rbkit.tools.flow import flow, polling
@@ -20,7 +20,7 @@ IDS = torch.arange(N) * 3 + 1
 
 
 def attacked(model, spec, x, label, *, ids=IDS):
-    return next(attack.run(evaluation(model), spec, polling([Batch(ids, x, {"label": label})])))[1]
+    return next(stages.run(evaluation(model), spec, polling([Batch(ids, x, {"label": label})])))[1]
 
 
 def predictions(model, x):
@@ -170,10 +170,10 @@ def test_targeted_losses_equal_their_definitions():
 
 def test_targets_are_the_likeliest_others_in_order():
     logits = torch.tensor([[3.0, 1.0, 2.0, 5.0], [0.0, 0.0, 9.0, 0.0]])
-    assert attack.likeliest_others(logits, torch.tensor([0, 2]), 9).tolist() == [[3, 2, 1], [0, 1, 3]]
-    assert attack.likeliest_others(logits, torch.tensor([3, 0]), 2).tolist() == [[0, 2], [2, 1]]
+    assert stages.likeliest_others(logits, torch.tensor([0, 2]), 9).tolist() == [[3, 2, 1], [0, 1, 3]]
+    assert stages.likeliest_others(logits, torch.tensor([3, 0]), 2).tolist() == [[0, 2], [2, 1]]
     with pytest.raises(ValueError, match="at least 2 classes"):
-        attack.likeliest_others(logits[:, :1], torch.tensor([0, 0]), 9)
+        stages.likeliest_others(logits[:, :1], torch.tensor([0, 0]), 9)
 
 
 def test_each_target_has_its_turn_in_each_restart():

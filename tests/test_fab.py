@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import C, H, K, N, W, convnet, evaluation, generator, images, linear, weights_of
 
-from rbkit.tools import attack, losses
+from rbkit.tools import attack, losses, stages
 from rbkit.tools.fab import project
 from rbkit.tools.flow import polling
 from rbkit.tools.norms import NORMS
@@ -18,7 +18,7 @@ IDS = torch.arange(N) * 3 + 1
 
 def attacked(model, spec, x, label, *, ids=IDS, earlier=None):
     context = {"label": label} if earlier is None else {"label": label, "adversarial": earlier}
-    return next(attack.run(evaluation(model), spec, polling([Batch(ids, x, context)])))[1]
+    return next(stages.run(evaluation(model), spec, polling([Batch(ids, x, context)])))[1]
 
 
 def slow_project(image, normal, offset, norm):

@@ -8,12 +8,13 @@ import torchattacks
 
 from rbkit.tools import shapes, train
 from rbkit.tools.architectures import resnet8
-from rbkit.tools.attack import ATTACKS, pgd, run
+from rbkit.tools.attack import ATTACKS, pgd
 from rbkit.tools.examples import Data, as_float, statistics
 from rbkit.tools.flow import polling
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.recipe import Recipe
 from rbkit.tools.slots import Batch
+from rbkit.tools.stages import run
 from rbkit.tools.train import begin, fit
 
 EPS = {"l2": 0.5, "linf": 4 / 255}

@@ -13,7 +13,7 @@ from test_tools_train import data, equal, fresh, recipe, weights
 from toys import C, K, convnet, evaluation, generator, images
 
 from rbkit.cli._checkpoint import Job
-from rbkit.tools import attack, invert, train
+from rbkit.tools import attack, invert, stages, train
 from rbkit.tools.ascend import Plan, ascend, climb, drive
 from rbkit.tools.augment import resized
 from rbkit.tools.flow import polling
@@ -72,12 +72,12 @@ def test_the_best_iterate_of_the_batch_is_one_for_all_rows(plan: Plan, judged: b
         last_iterate=last,
     )
     batch = Batch(torch.arange(ROWS), x, {"label": label})
-    found = next(attack.run(model, spec, polling([batch]), refill=False))[1].outcome
+    found = next(stages.run(model, spec, polling([batch]), refill=False))[1].outcome
     slow = slow_batch_best(model, plan, x, label, judged=judged)
     right = model.logits(x).argmax(1) == label
     assert found.images[right].numpy() == pytest.approx(slow[right].numpy(), abs=1e-5)
     assert torch.equal(found.images[~right], x[~right]) and bool((~right).any())
-    own = next(attack.run(model, replace(spec, keep="best"), polling([batch]), refill=False))[1].outcome
+    own = next(stages.run(model, replace(spec, keep="best"), polling([batch]), refill=False))[1].outcome
     assert plan is SHORT or not torch.allclose(own.images[right], slow[right], atol=1e-3)
 
 
@@ -87,7 +87,7 @@ def test_an_unjudged_iterate_is_a_step_that_does_not_count() -> None:
     batch = Batch(torch.arange(ROWS), x, {"label": label})
     short = replace(spec, steps=4)
     found, expected, whole = (
-        next(attack.run(model, s, polling([batch])))[1].outcome.images
+        next(stages.run(model, s, polling([batch])))[1].outcome.images
         for s in (replace(spec, last_iterate="unjudged"), short, spec)
     )
     assert torch.equal(found, expected) and not torch.equal(found, whole)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import C, H, K, N, W, convnet, evaluation, images, linear, weights_of
 
-from rbkit.tools import attack, losses
+from rbkit.tools import attack, losses, stages
 from rbkit.tools.flow import polling
 from rbkit.tools.norms import L2, LINF, NORMS
 from rbkit.tools.slots import Batch
@@ -17,7 +17,7 @@ IDS = torch.arange(N) * 3 + 1
 
 
 def attacked(model, spec, x, label, *, ids=IDS):
-    return next(attack.run(evaluation(model), spec, polling([Batch(ids, x, {"label": label})])))[1]
+    return next(stages.run(evaluation(model), spec, polling([Batch(ids, x, {"label": label})])))[1]
 
 
 def test_schedule_halves_the_share_and_scales_with_the_queries():

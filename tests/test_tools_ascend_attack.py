@@ -13,7 +13,7 @@ import toys
 from toys import C, H, K, N, W, convnet, evaluation, generator, images, linear, randomise, weights_of
 
 from rbkit.tools import ascend as loop
-from rbkit.tools import attack, losses
+from rbkit.tools import attack, losses, stages
 from rbkit.tools.architectures import build
 from rbkit.tools.ascend import Plan, ascend
 from rbkit.tools.flow import flow, polling
@@ -28,7 +28,7 @@ IDS = torch.arange(N) * 3 + 1
 def attacked(model, spec, x, label, *, ids=IDS, context=None, block=32):
     """The result of one batch."""
     batch = Batch(ids, x, {"label": label} | (context or {}))
-    return next(attack.run(evaluation(model, block), spec, polling([batch])))[1]
+    return next(stages.run(evaluation(model, block), spec, polling([batch])))[1]
 
 
 def predictions(model, x):
@@ -304,14 +304,14 @@ def test_given_targets_are_used_and_one_class_is_refused():
     spec = attack.fgsm(norm="l2", eps=0.1, targeted=True)
     assert torch.equal(attacked(model, spec, x, label, context={"target": target}).target, target)
     with pytest.raises(ValueError, match="at least 2 classes"):
-        attack.choose_targets(IDS, torch.zeros(N, dtype=torch.int64), 1, seed=0)
+        stages.choose_targets(IDS, torch.zeros(N, dtype=torch.int64), 1, seed=0)
 
 
 def test_without_labels_the_prediction_stands_in():
     model, x = convnet(), images()
     batch = Batch(IDS, x, {})
     spec = attack.pgd(norm="l2", eps=0.3, steps=3)
-    found = next(attack.run(evaluation(model), spec, polling([batch])))[1]
+    found = next(stages.run(evaluation(model), spec, polling([batch])))[1]
     assert torch.equal(found.outcome.images, attacked(model, spec, x, predictions(model, x)).outcome.images)
 
 
@@ -344,7 +344,7 @@ def same(first, second):
 
 
 def climbed(model, spec, batches, *, block=32):
-    found = attack.run(evaluation(model, block), spec, polling(batches))
+    found = stages.run(evaluation(model, block), spec, polling(batches))
     return by_id([(tag, result.outcome) for tag, result in found])
 
 
@@ -372,7 +372,7 @@ def test_batches_leave_in_the_order_in_which_they_came():
     label = predictions(model, x)
     label[:20] = (label[:20] + 1) % K  # the first batch has nothing to climb
     batches = batches_of(x, label, ids, [20, 3, 22])
-    found = attack.run(evaluation(model), attack.pgd(norm="l2", eps=0.4, steps=4), polling(batches))
+    found = stages.run(evaluation(model), attack.pgd(norm="l2", eps=0.4, steps=4), polling(batches))
     assert [tag.tolist() for tag, _ in found] == [b.ids.tolist() for b in batches]
 
 
@@ -383,7 +383,7 @@ def test_a_source_that_is_not_ready_is_never_waited_for():
     spec = attack.pgd(norm="l2", eps=0.4, steps=4)
     whole = climbed(model, spec, batches_of(x, label, ids, [45]))
     asked, poll = toys.reluctant(batches_of(x, label, ids, [5, 30, 10]))
-    found = attack.run(evaluation(model), spec, poll)
+    found = stages.run(evaluation(model), spec, poll)
     assert same(whole, by_id([(tag, r.outcome) for tag, r in found]))
     assert asked[0] is True and False in asked
 
@@ -391,9 +391,9 @@ def test_a_source_that_is_not_ready_is_never_waited_for():
 def test_an_empty_source_and_an_empty_batch():
     model = convnet()
     spec = attack.pgd(norm="l2", eps=0.4, steps=2)
-    assert list(attack.run(evaluation(model), spec, polling([]))) == []
+    assert list(stages.run(evaluation(model), spec, polling([]))) == []
     empty = Batch(IDS[:0], images()[:0], {"label": IDS[:0]}, tag="empty")
-    (tag, found), (other, _) = attack.run(
+    (tag, found), (other, _) = stages.run(
         evaluation(model), spec, polling([empty, Batch(IDS, images(), {"label": IDS % K}, tag="full")])
     )
     assert (tag, other) == ("empty", "full") and found.outcome.images.shape == (0, C, H, W)

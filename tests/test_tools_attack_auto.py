@@ -9,7 +9,7 @@ import torch
 import toys
 from toys import K, convnet, evaluation, generator, images, linear
 
-from rbkit.tools import attack, flow, losses, sameness
+from rbkit.tools import attack, flow, losses, sameness, stages
 from rbkit.tools.flow import polling
 from rbkit.tools.norms import NORMS
 from rbkit.tools.slots import Batch
@@ -35,7 +35,7 @@ def batches_of(x, label, ids, sizes):
 def by_id(model, spec, batches, *, refill=True):
     """{id: tuple of tensors}"""
     found = {}
-    for ids, result in attack.run(evaluation(model), spec, polling(batches), refill=refill):
+    for ids, result in stages.run(evaluation(model), spec, polling(batches), refill=refill):
         columns = [getattr(result.outcome, f) for f in FIELDS] + [result.success]
         columns += [] if result.distance is None else [result.distance]
         found |= {int(i): tuple(column[row] for column in columns) for row, i in enumerate(ids)}
@@ -74,7 +74,7 @@ def test_ball_box_and_verdict_hold_for_the_images_as_they_are(name, norm):
     label = evaluation(model).logits(x).argmax(1)
     label[[3, 5]] = (label[[3, 5]] + 1) % K
     batch = Batch(torch.arange(40), x, {"label": label})
-    found = next(attack.run(evaluation(model), spec_of(name, norm), polling([batch])))[1]
+    found = next(stages.run(evaluation(model), spec_of(name, norm), polling([batch])))[1]
     image = found.outcome.images
     assert image.dtype == torch.float32 and image.min() >= 0 and image.max() <= 1
     assert (NORMS[norm].size(image.double() - x.double()) <= EPS[norm] * (1 + 1e-6) + 1e-7).all()
@@ -90,10 +90,10 @@ def test_auto_is_its_attacks_one_after_the_other(norm):
     label = evaluation(model).logits(x).argmax(1)
     auto = spec_of("auto", norm)
     assert [s.name for s in auto.stages()] == ["apgd-ce", "apgd-t", "fab-t", "square"]
-    whole = next(attack.run(evaluation(model), auto, polling([Batch(IDS, x, {"label": label})])))[1]
+    whole = next(stages.run(evaluation(model), auto, polling([Batch(IDS, x, {"label": label})])))[1]
     context, cost, before = {"label": label}, torch.zeros(45, dtype=torch.int64), torch.zeros(45, dtype=torch.bool)
     for stage in auto.stages():
-        part = next(attack.run(evaluation(model), stage, polling([Batch(IDS, x, dict(context))])))[1]
+        part = next(stages.run(evaluation(model), stage, polling([Batch(IDS, x, dict(context))])))[1]
         assert (part.success >= before).all()
         kept = part.outcome.images[before]
         assert not before.any() or torch.equal(kept, context["adversarial"][before])
@@ -120,7 +120,7 @@ def test_a_sequence_waits_for_input_only_where_no_row_can_climb():
     label = evaluation(model).logits(x).argmax(1)
     whole = by_id(model, spec_of("auto", "l2"), batches_of(x, label, IDS, [45]))
     asked, poll = toys.reluctant(batches_of(x, label, IDS, [5, 30, 10]))
-    found = list(attack.run(evaluation(model), spec_of("auto", "l2"), poll))
+    found = list(stages.run(evaluation(model), spec_of("auto", "l2"), poll))
     assert torch.equal(torch.cat([ids for ids, _ in found]), IDS)
     for ids, result in found:
         for row, i in enumerate(ids.tolist()):
@@ -131,7 +131,7 @@ def test_a_sequence_waits_for_input_only_where_no_row_can_climb():
 def test_an_empty_batch_passes_through_a_sequence():
     model = convnet()
     empty = Batch(IDS[:0], images()[:0], {"label": IDS[:0]}, tag="empty")
-    ((tag, found),) = attack.run(evaluation(model), spec_of("auto", "l2"), polling([empty]))
+    ((tag, found),) = stages.run(evaluation(model), spec_of("auto", "l2"), polling([empty]))
     assert tag == "empty" and len(found.outcome.images) == len(found.success) == 0
 
 
@@ -147,14 +147,14 @@ def test_images_made_on_a_surrogate_are_judged_by_the_other_model(name):
     spec = replace(attack.pgd(norm="l2", eps=0.5, steps=4)) if name == "pgd" else spec_of(name, "l2", restarts=1)
     spec = replace(spec, eps=0.5)
     batch = Batch(ids, x, {"label": label})
-    found = next(attack.run(evaluation(surrogate), spec, polling([batch]), judge=evaluation(judge)))[1]
+    found = next(stages.run(evaluation(surrogate), spec, polling([batch]), judge=evaluation(judge)))[1]
     image = found.outcome.images
     assert torch.equal(found.success, losses.is_broken(evaluation(judge).logits(image), label))
     assert torch.equal(image[2], x[2]) and 1 < int(found.success.sum()) < 40
     moved = ~torch.isin(ids, torch.tensor([2]))
     assert (image[moved] != x[moved]).flatten(1).any(1).all()
     if name == "pgd":
-        end = next(attack.run(evaluation(surrogate), replace(spec, until="end"), polling([batch])))[1]
+        end = next(stages.run(evaluation(surrogate), replace(spec, until="end"), polling([batch])))[1]
         agree = evaluation(surrogate).logits(x).argmax(1) == label
         assert agree.sum() > 20
         assert image[agree & moved].numpy() == pytest.approx(end.outcome.images[agree & moved].numpy(), abs=1e-6)
@@ -178,7 +178,7 @@ def test_the_last_rows_go_on_in_narrower_blocks_with_the_same_numbers(name, norm
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(flow, "PATIENCE", 0)
             patch.setattr(sameness, "equal_widths", lambda *_, widths=widths: () if widths is None else widths(None))
-            result = next(attack.run(victim, spec, source))[1]
+            result = next(stages.run(victim, spec, source))[1]
         found.append((result, sizes))
     (full, wide), (narrow, narrower) = found
     for field in FIELDS:
@@ -194,7 +194,7 @@ def test_a_short_attack_never_pays_for_the_question(steps, asked, monkeypatch):
     monkeypatch.setattr(sameness, "equal_widths", lambda *_: times.append(1) or (16, 8))
     batch = Batch(IDS[:5], x, {"label": evaluation(model).logits(x).argmax(1)})
     spec = attack.pgd(norm="l2", eps=0.1, steps=steps, until="end")
-    next(attack.run(evaluation(model), spec, polling([batch])))
+    next(stages.run(evaluation(model), spec, polling([batch])))
     assert len(times) == asked
 
 

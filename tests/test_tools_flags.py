@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from toys import H, W, convnet, generator, linear
 
-from rbkit.tools import attack, flags
+from rbkit.tools import attack, flags, stages
 from rbkit.tools.flow import polling
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.slots import Batch
@@ -49,7 +49,7 @@ def rows(model: Evaluation, count: int = N, *, spread: float = 0.2, norm: str = 
 
 def attacked(model: Evaluation, sample: flags.Sample, spec: attack.Attack) -> flags.Sample:
     batch = Batch(sample.ids, sample.clean, {"label": sample.label})
-    _, found = next(attack.run(model, spec, polling([batch])))
+    _, found = next(stages.run(model, spec, polling([batch])))
     return replace(sample, stored=found.outcome.images, target=found.target)
 
 

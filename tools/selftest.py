@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rbkit.tools import alignment, attack, batch, faithfulness, flow, localisation, saliency, slots
+from rbkit.tools import alignment, attack, batch, faithfulness, flow, localisation, saliency, slots, stages
 from rbkit.tools.models import Classifier, Evaluation
 
 TOLERANCE = 1e-5
@@ -58,7 +58,7 @@ def _pgd(norm: str) -> float:
     step = g.sign() if norm == "linf" else g / g.flatten(1).norm(dim=1)[:, None, None, None]
     spec = attack.pgd(norm=norm, eps=eps, steps=10, start="clean", until="end")
     rows = slots.Batch(torch.arange(len(images)), images, {"label": label})
-    ((_, made),) = attack.run(evaluation, spec, flow.polling([rows]))
+    ((_, made),) = stages.run(evaluation, spec, flow.polling([rows]))
     return _largest(made.outcome.images, images + eps * step)
 
 
@@ -74,7 +74,7 @@ def _least(norm: str) -> float:
     for _ in range(24):
         eps = (low + high) / 2
         spec = attack.pgd(norm=norm, eps=eps, steps=4, start="clean")
-        ((_, made),) = attack.run(
+        ((_, made),) = stages.run(
             evaluation, spec, flow.polling([slots.Batch(torch.arange(1), image, {"label": label})])
         )
         low, high = (low, eps) if bool(made.success) else (eps, high)

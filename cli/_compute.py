@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rbkit.cli._errors import Input, Usage, blame
-from rbkit.cli._io import open_bytes
+from rbkit.cli._input import open_bytes
 from rbkit.formats.errors import FormatError
 
 if TYPE_CHECKING:

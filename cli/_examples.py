@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rbkit.cli import _io
+from rbkit.cli import _input
 from rbkit.cli._errors import Input, blame
 from rbkit.formats.errors import FormatError
 
@@ -47,7 +47,7 @@ def _read(source: str, max_document: int) -> tuple[dict[str, np.ndarray], dict[s
 
     checker, parts = RowChecker(), []
     meta: dict[str, Any] = {}
-    for chunk in _io.chunks(source, max_document=max_document):
+    for chunk in _input.chunks(source, max_document=max_document):
         with blame(Input, FormatError):
             chunk = checker(chunk)
         if "label" not in chunk.arrays:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from rbkit.cli import _io, _values
+from rbkit.cli import _input, _values
 from rbkit.cli._compute import Model, to_tensor
 from rbkit.cli._errors import Input, Usage, blame
 from rbkit.cli._flags import Flags
@@ -55,7 +55,7 @@ class Judge:
 
     def read(self, source: str) -> None:
         """One input: a stream of images with what was made of them, or values of an earlier run."""
-        stream = _io.chunks(
+        stream = _input.chunks(
             source, shard=_values.shard(self.options["shard"]), max_document=self.options["max_document"]
         )
         for chunk in watched(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rbkit.cli import _io
+from rbkit.cli import _output
 from rbkit.cli._errors import Output, Usage, blame
 from rbkit.formats import png, sheet
 from rbkit.formats.folder import decode_names
@@ -62,17 +62,17 @@ class PictureWriter:
         if self.output.lower().endswith(".png"):
             made = {"sheet": {"rows": self.limit, "spread": self.spread}}
             text = _text(self.kept[0][1] if self.kept else {}) | made
-            _io.write_file(self.output, png.encode(self._sheet(), text=text), no_clobber=self.no_clobber)
+            _output.write_file(self.output, png.encode(self._sheet(), text=text), no_clobber=self.no_clobber)
 
     def _single(self, one: dict[str, Any], meta: Mapping[str, Any]) -> None:
         raw = picture(one, meta)
         if self.output == "-":
-            _io.write_stdout(raw)
+            _output.write_stdout(raw)
             return
         with blame(Output, OSError):
             target = Path(self.output) / f"{file_stem(one, self.seen - 1)}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
-        _io.write_file(str(target), raw, no_clobber=self.no_clobber)
+        _output.write_file(str(target), raw, no_clobber=self.no_clobber)
 
     def _sheet(self) -> np.ndarray:
         """Streams side by side, rows paired by id."""

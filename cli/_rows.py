@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rbkit.cli import _io
+from rbkit.cli import _input
 from rbkit.cli._compute import Model, to_tensor
 from rbkit.cli._errors import Input, blame
 from rbkit.cli._progress import Progress
@@ -58,7 +58,7 @@ def load_images(
     from rbkit.tools.examples import as_float
 
     images, ids, labels = [], [], []
-    for chunk in checked(_io.chunks(path, max_document=max_document), model):
+    for chunk in checked(_input.chunks(path, max_document=max_document), model):
         images.append(as_float(to_tensor(chunk.arrays["image"], device)))
         ids.append(to_tensor(chunk.arrays["id"], device))
         if "label" in chunk.arrays:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rbkit.cli import _io, _values
+from rbkit.cli import _input, _output, _values
 from rbkit.cli._errors import Input, Usage, blame
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Manifest:
 
     def write(self) -> None:
         """All lines, once the stream is complete."""
-        _io.write_file(self.path, b"".join(self.lines), no_clobber=self.no_clobber)
+        _output.write_file(self.path, b"".join(self.lines), no_clobber=self.no_clobber)
 
 
 def _pngs(options: dict[str, Any]) -> DataSet:
@@ -184,7 +184,7 @@ def _piped_pngs(options: dict[str, Any]) -> DataSet:
     from rbkit.formats import folder, png
     from rbkit.formats.dataset import in_memory
 
-    file, name = _io.open_bytes("-")
+    file, name = _input.open_bytes("-")
     start = file.read(8)
     if not start:
         raise Input(f"{name}: empty input (0 bytes); did the command before the pipe fail?")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rbkit.cli import _io
+from rbkit.cli import _output
 
 
 def put(
@@ -16,7 +16,7 @@ def put(
     """Print records: JSON lines in a pipe or where asked for, else by `table` (default: `show`)."""
     if json_ or not sys.stdout.isatty():
         lines = (json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n" for record in records)
-        _io.write_stdout("".join(lines).encode())
+        _output.write_stdout("".join(lines).encode())
         return
     (table or show)(records)
 

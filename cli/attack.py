@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _history, _io, _values
+from rbkit.cli import _history, _input, _output, _values
 from rbkit.cli._app import note, program
 from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
 from rbkit.cli._errors import Input, Usage
@@ -189,19 +189,19 @@ def attack(
     misclassifies are returned as they are and count as broken. Without labels the prediction stands in.
     """
     options = dict(locals())
-    _io.refuse_taken(output, no_clobber=no_clobber)
+    _output.refuse_taken(output, no_clobber=no_clobber)
     radii = _radii(options)
-    _io.refuse_same_file(source, output)
+    _output.refuse_same_file(source, output)
     part = _values.shard(shard)
     place = set_up(device, threads)
     victim = load_model(model, archs=arch, device=place)
     maker = None if surrogate is None else _surrogate(surrogate, victim, archs=arch, device=place)
-    with _io.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
+    with _output.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         if len(radii) > 1 and not sink.many:
             raise Usage(
                 f"{len(radii)} radii give {len(radii)} streams; write them to a name ending in .rbs, or to a pipe"
             )
-        stream = _io.chunks(source, shard=part, max_document=max_document)
+        stream = _input.chunks(source, shard=part, max_document=max_document)
         _attack_all(options, radii, (victim, maker), stream, sink)
 
 
@@ -265,11 +265,11 @@ def _spec(options: dict[str, Any], eps: float, classes: int) -> Attack:
     spec = ATTACKS[options["attack"]](
         norm=options["norm"], eps=eps, seed=options["seed"], restarts=options["restarts"], **extra
     )  # fmt: skip
-    return _io.guarded(lambda: spec.settled(classes))
+    return spec.settled(classes)
 
 
 def _attack_all(
-    options: dict[str, Any], radii: list[float], models: Models, stream: Iterator[Chunk], sink: _io.Sink
+    options: dict[str, Any], radii: list[float], models: Models, stream: Iterator[Chunk], sink: _output.Sink
 ) -> None:
     """One pass per radius; several radii need the rows again, so these are held."""
     if len(radii) == 1:
@@ -281,7 +281,7 @@ def _attack_all(
 
 
 def _attack_stream(
-    options: dict[str, Any], eps: float, models: Models, stream: Iterator[Chunk], sink: _io.Sink
+    options: dict[str, Any], eps: float, models: Models, stream: Iterator[Chunk], sink: _output.Sink
 ) -> None:
     from rbkit.tools import stages
 
@@ -294,12 +294,12 @@ def _attack_stream(
     first = next(rows)
     refill = spec.keep != "batch" and options["refill"] and not _slots_matter(maker, evaluation, first, options)
     options = {**options, "refill": refill}
-    ahead = _io.ReadAhead(itertools.chain([first], rows))
+    ahead = _input.ReadAhead(itertools.chain([first], rows))
     inputs = {} if surrogate is None else {"surrogate": side_digest(surrogate.path)}
     history = _history.entry("rb-attack", _recorded(options, spec), model=victim.sha, inputs=inputs)
     with Progress("rb-attack", total=None, unit="images", quiet=options["quiet"]) as progress:
         poll = _poll(ahead, evaluation.device, options)
-        results = _io.guarded(lambda: stages.run(evaluation, spec, poll, refill=options["refill"], judge=judge))
+        results = stages.run(evaluation, spec, poll, refill=options["refill"], judge=judge)
         for chunk, result in results:
             arrays = {**chunk.arrays, **_columns(chunk, result)}
             sink.write(arrays, _meta(chunk, spec, models, history), last=chunk.last)
@@ -335,7 +335,7 @@ def _slots_matter(victim: Model, evaluation: Evaluation, first: Chunk, options: 
     return found
 
 
-def _poll(ahead: _io.ReadAhead, device: Any, options: dict[str, Any]) -> Callable[[bool], Batch | None]:
+def _poll(ahead: _input.ReadAhead, device: Any, options: dict[str, Any]) -> Callable[[bool], Batch | None]:
     """Chunks as batches of the tool; without refilling a batch never meets another in a block."""
     import torch
 

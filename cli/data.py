@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _history, _io, _sources, _values
+from rbkit.cli import _history, _output, _sources, _values
 from rbkit.cli._app import note, program
 from rbkit.cli._errors import Input, Usage, blame
 from rbkit.cli._options import NoClobber, NoHistory, Output, Quiet, Seed, Shard
@@ -142,7 +142,7 @@ def data(
     png takes files, or - for pictures back to back on standard input; npz and idx take the arrays of other tools.
     """
     options = dict(locals())
-    _io.refuse_taken(output, manifest, no_clobber=no_clobber)
+    _output.refuse_taken(output, manifest, no_clobber=no_clobber)
     _check_options(options)
     with blame(Input, ValueError, OSError):
         source = _sources.open_source(options)
@@ -154,7 +154,7 @@ def data(
     if source.lossy and not quiet:
         note("rb-data", "the pictures are lossy (JPEG or WebP); recorded as such")
     listed = None if manifest is None else _sources.Manifest(manifest, options)
-    with _io.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
+    with _output.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         _write(sink, source, rows, meta, part, listed)
 
 
@@ -176,7 +176,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if options["manifest"] == "-" == options["output"]:
         raise Usage("--manifest - needs -o FILE: standard output is taken by the stream")
     if options["manifest"] not in (None, "-"):
-        _io.check_writable(options["manifest"])
+        _output.check_writable(options["manifest"])
     if options["cue_shift"] and not options["cue"]:
         raise Usage("--cue-shift needs --cue L2")
     wanted = {**dict.fromkeys(FOLDERS, (0, 1)), "png": (1, 10**9), "npz": (1, 1), "idx": (1, 2)}.get(kind, (0, 0))
@@ -195,7 +195,8 @@ def _select(source: DataSet, kind: str, *, split: str, n: int | None, seed: int)
     rows = np.arange(source.count)
     if source.carved and split in ("train", "val"):
         rows = rows[in_validation(source.ids) == (split == "val")]
-    return rows[_io.guarded(lambda: nested_sample(len(rows), n, seed=seed))]
+    with blame(Usage, ValueError):
+        return rows[nested_sample(len(rows), n, seed=seed)]
 
 
 def _shuffled(source: DataSet, seed: int) -> DataSet:
@@ -228,7 +229,7 @@ def _meta(source: DataSet, options: dict[str, Any], *, total: int) -> dict[str, 
 
 
 def _write(
-    sink: _io.Sink,
+    sink: _output.Sink,
     source: DataSet,
     rows: Any,
     meta: dict[str, Any],

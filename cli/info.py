@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _io
+from rbkit.cli import _input, _output
 from rbkit.cli._app import note, program
 from rbkit.cli._errors import CheckFailed, Failure, Input, Usage, blame
 from rbkit.cli._options import DOCUMENT_LIMIT, Json, MaxDocument, NoClobber, Output, Sources
@@ -33,7 +33,7 @@ def info(
 ) -> None:
     """Describe streams: kind, rows, tensors with shapes and ranges, metadata and history."""
     names = sources or ["-"]
-    _io.refuse_taken(output, no_clobber=no_clobber)
+    _output.refuse_taken(output, no_clobber=no_clobber)
     if sum((check, join, replay)) > 1:
         raise Usage("--check, --join and --replay exclude each other")
     if join:
@@ -63,7 +63,7 @@ def _is_whole(name: str, max_document: int) -> bool:
     checker = RowChecker()
     try:
         with blame(Input, FormatError, OSError):
-            reader = _io.reader(name, max_document=max_document)
+            reader = _input.reader(name, max_document=max_document)
             for chunk in _counted(reader):
                 if chunk.meta["kind"] in ("images", "adversarial", "attributions", "inversions"):
                     checker(chunk)
@@ -108,7 +108,7 @@ def _finite(value: Any) -> Any:
 def _summaries(name: str, max_document: int) -> list[_Summary]:
     found: list[_Summary] = []
     begin = True
-    for chunk in _counted(_io.chunks(name, max_document=max_document)):
+    for chunk in _counted(_input.chunks(name, max_document=max_document)):
         if begin:
             found.append(_Summary(chunk))
         found[-1].add(chunk)
@@ -122,21 +122,21 @@ def _describe(name: str, max_document: int, json_: bool) -> None:
     for summary in _summaries(name, max_document):
         record = summary.record(name)
         if json_:
-            _io.print_line(canonical(record))
+            _output.print_line(canonical(record))
             continue
         shown = printable(name, limit=200)
-        _io.print_line(
+        _output.print_line(
             f"{shown}: {record['kind']}, {record['rows']} rows" if record["rows"] else f"{shown}: {record['kind']}"
         )
         for tensor, t in sorted(record["tensors"].items()):
-            _io.print_line(
+            _output.print_line(
                 f"  {printable(tensor):<22} {t['dtype']:<8} {'x'.join(map(str, t['shape'])) or 'scalar':<18} {_range(t)}"
             )
         for key, value in sorted(record.items()):
             if key not in ("file", "rows", "tensors", "kind", "history"):
-                _io.print_line(f"  {key}: {printable(canonical(value), limit=160)}")
+                _output.print_line(f"  {key}: {printable(canonical(value), limit=160)}")
         for entry in record.get("history") or []:
-            _io.print_line(f"  history: {printable(_command(entry), limit=400)}")
+            _output.print_line(f"  history: {printable(_command(entry), limit=400)}")
 
 
 def _range(tensor: dict[str, Any]) -> str:
@@ -187,7 +187,7 @@ def _replay(name: str, max_document: int) -> None:
         history = summary.meta.get("history") or []
         if not history:
             raise Input(f"{name}: has no history; was it made with --no-history?")
-        _io.print_line(replay_lines(history))
+        _output.print_line(replay_lines(history))
 
 
 def _join(names: list[str], output: str, max_document: int, *, no_clobber: bool) -> None:
@@ -200,9 +200,9 @@ def _join(names: list[str], output: str, max_document: int, *, no_clobber: bool)
             for name in names
         ]
         ordered = order_shards(parts)
-    with _io.Sink(output, no_clobber=no_clobber) as sink:
+    with _output.Sink(output, no_clobber=no_clobber) as sink:
         for name in ordered:
-            for chunk in _counted(_io.chunks(name, max_document=max_document)):
+            for chunk in _counted(_input.chunks(name, max_document=max_document)):
                 sink.write(chunk.arrays, chunk.meta, last=chunk.last)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _history, _io, _values
+from rbkit.cli import _history, _input, _output, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
 from rbkit.cli._errors import Input, Usage, blame
@@ -155,9 +155,9 @@ def invert(
     ids of the images of the stream that excite the unit most; image is then the first of them).
     """
     options = dict(locals())
-    _io.refuse_taken(output, no_clobber=no_clobber)
+    _output.refuse_taken(output, no_clobber=no_clobber)
     spec = _spec(options)
-    _io.refuse_same_file(source, output)
+    _output.refuse_same_file(source, output)
     part = _values.shard(shard)
     place = set_up(device, threads)
     subject = load_model(model, archs=arch, device=place)
@@ -170,9 +170,9 @@ def invert(
         inputs=side.digests,
     )
     evaluation = subject.evaluation(block)
-    stream = checked(_io.chunks(source, shard=part, max_document=max_document), subject)
+    stream = checked(_input.chunks(source, shard=part, max_document=max_document), subject)
     rows = watched(stream, tool="rb-invert", quiet=quiet, shard=shard)
-    with _io.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
+    with _output.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         if mode == "feature":
             arrays, meta = _excite(options, spec, evaluation, side, list(rows))
             sink.write(arrays, _meta(meta, spec, options, subject, entry), last=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _io, _table
+from rbkit.cli import _output, _table
 from rbkit.cli._app import note, program
 from rbkit.cli._errors import Input, Usage, blame
 from rbkit.cli._options import Json, NoClobber, Quiet, Seed
@@ -75,7 +75,7 @@ def link(
     and a p-value corrected over the whole family; how each metric moves with the radius of training; and a verdict.
     A table on a terminal, JSON lines in a pipe.
     """
-    _io.refuse_taken(figures, no_clobber=no_clobber)
+    _output.refuse_taken(figures, no_clobber=no_clobber)
     records, named = _gather(sources or ["-"], controls or [])
     found = _population(records, named, run, incomplete=allow_incomplete)
     picked = _chosen(found, robustness)
@@ -92,7 +92,7 @@ def link(
     rows = analyse(found, picked, seed=seed)
     curves = dose_responses(found, [*picked, *(t for t in targets if t not in picked)], seed=seed)
     if figures is not None:
-        folder = _io.Folder(figures, no_clobber=no_clobber)
+        folder = _output.Folder(figures, no_clobber=no_clobber)
         _draw(found, picked, rows, curves, folder, command=_command(sources, controls, robustness))
     _table.put([about, *rows, *curves], json_=json_, table=lambda _: _show(rows, curves))
 
@@ -247,7 +247,7 @@ def _draw(
     picked: list[Subject],
     rows: list[dict[str, Any]],
     curves: list[dict[str, Any]],
-    folder: _io.Folder,
+    folder: _output.Folder,
     *,
     command: str,
 ) -> None:
@@ -285,7 +285,7 @@ def _slug(*parts: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)).strip("-")
 
 
-def _write(folder: _io.Folder, stem: str, make: Any, command: str) -> None:
+def _write(folder: _output.Folder, stem: str, make: Any, command: str) -> None:
     for form in FORMS:
         folder.write(f"{stem}.{form}", make(form=form, command=command))
 

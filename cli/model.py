@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _history, _io, _values
+from rbkit.cli import _history, _input, _output, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import model_chunk, model_sha
 from rbkit.cli._errors import Input, Usage, blame
@@ -69,7 +69,7 @@ def model(
     prefixes such as module., and lists what is missing or unexpected. It runs no forward pass.
     """
     options = dict(locals())
-    _io.refuse_taken(output, no_clobber=no_clobber)
+    _output.refuse_taken(output, no_clobber=no_clobber)
     if _values.choice(action, ACTIONS, option="ACTION") == "show":
         _show(source, json_)
     elif action == "export":
@@ -86,11 +86,11 @@ def _show(source: str, json_: bool) -> None:
     record = {k: v for k, v in chunk.meta.items() if k not in ("part", "schema", "count", "first")}
     record |= {"file": source, "model_sha": model_sha(chunk.meta), "parameters": parameters}
     if json_:
-        _io.print_line(canonical(record))
+        _output.print_line(canonical(record))
         return
     for key in sorted(record):
         if key != "history":
-            _io.print_line(f"{key}: {printable(canonical(record[key]), limit=400)}")
+            _output.print_line(f"{key}: {printable(canonical(record[key]), limit=400)}")
 
 
 def _export(source: str, output: str, *, no_clobber: bool) -> None:
@@ -99,8 +99,8 @@ def _export(source: str, output: str, *, no_clobber: bool) -> None:
 
     chunk = model_chunk(source)
     if output == "-":
-        _io.refuse_terminal()
-    _io.write_file(output, b"".join(encode(chunk.arrays, None)), no_clobber=no_clobber)
+        _output.refuse_terminal()
+    _output.write_file(output, b"".join(encode(chunk.arrays, None)), no_clobber=no_clobber)
 
 
 def _import(options: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ def _import(options: dict[str, Any]) -> None:
         "input": None if size is None else list(size), "mean": mean, "std": std, "recipe": {"method": "imported"},
         "first": 0, "history": [_history.entry("rb-model", {**options, "action": None, "input": options["input_"]})],
     }  # fmt: skip
-    with _io.Sink(options["output"], no_history=options["no_history"], no_clobber=options["no_clobber"]) as sink:
+    with _output.Sink(options["output"], no_history=options["no_history"], no_clobber=options["no_clobber"]) as sink:
         sink.write({name: tensor.numpy() for name, tensor in kept.items()}, meta, last=True)
 
 
@@ -145,7 +145,7 @@ def _read_weights(source: str) -> dict[str, Any]:
     import torch
 
     with blame(Input, OSError):
-        file, name = _io.open_bytes(source)
+        file, name = _input.open_bytes(source)
         start = file.read(8)
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         with blame(Input, OSError):
@@ -160,7 +160,7 @@ def _read_weights(source: str) -> dict[str, Any]:
     from rbkit.formats.reader import Reader
 
     with blame(Input, FormatError, OSError):
-        file, name = _io.open_bytes(source)
+        file, name = _input.open_bytes(source)
         chunks = list(Reader(file, name=name, rows=2**62))
     if len(chunks) != 1:
         raise Input(f"{name}: holds {len(chunks)} documents, expected one state dict")

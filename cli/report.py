@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rbkit.cli import _io, _link_page, _published_page, _values
+from rbkit.cli import _link_page, _output, _published_page, _values
 from rbkit.cli._app import program
 from rbkit.cli._errors import CheckFailed, Input, Usage, blame
 from rbkit.cli._options import NoClobber, Quiet
@@ -99,7 +99,7 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Write one self-contained page: the answer, figures, tables with intervals, and the commands that made them."""
-    _io.refuse_taken(output, figures, no_clobber=no_clobber)
+    _output.refuse_taken(output, figures, no_clobber=no_clobber)
     low, _, high = clean.partition(":")
     bounds = {
         "clean": (_values.number(low, option="--clean"), _values.number(high or "1", option="--clean")),
@@ -111,13 +111,13 @@ def report(
     numbers = [] if published is None else _published_page.read_published(published, table=table)
     compared = _compared(study, numbers, ours=ours, note=said) if numbers else []
     if table is None:
-        folder = None if figures is None else _io.Folder(figures, no_clobber=no_clobber)
+        folder = None if figures is None else _output.Folder(figures, no_clobber=no_clobber)
         page = _page(study, title, bounds, folder, note=said, compared=compared)
     else:
         page = _framed(title, [*_noted(said), *compared])
     if output == "-" and sys.stdout.isatty():
         raise Usage("a page is too long for a terminal; use -o report.html")
-    _io.write_file(output, page, no_clobber=no_clobber)
+    _output.write_file(output, page, no_clobber=no_clobber)
     if require:
         reasons = study.failings(bounds)
         if reasons:
@@ -150,7 +150,7 @@ def _framed(title: str, parts: list[str]) -> bytes:
 
 
 def _page(
-    study: Study, title: str, bounds: dict[str, Any], folder: _io.Folder | None, *, note: str, compared: list[str]
+    study: Study, title: str, bounds: dict[str, Any], folder: _output.Folder | None, *, note: str, compared: list[str]
 ) -> bytes:
     from rbkit.formats import html
 
@@ -179,7 +179,7 @@ def _headed(study: Study, text: str) -> str:
     return html.heading(text if study.tag is None else f"{text}: {study.tag}")
 
 
-def _pair_sections(study: Study, bounds: dict[str, Any], folder: _io.Folder | None) -> list[str]:
+def _pair_sections(study: Study, bounds: dict[str, Any], folder: _output.Folder | None) -> list[str]:
     """One standard and one robust model: the answer, accuracy and maps."""
     from rbkit.formats import html
 
@@ -235,7 +235,7 @@ def answer(study: Study) -> str:
     )
 
 
-def _accuracy_section(study: Study, folder: _io.Folder | None) -> list[str]:
+def _accuracy_section(study: Study, folder: _output.Folder | None) -> list[str]:
     from rbkit.formats import figures, html
 
     rows = [
@@ -292,7 +292,7 @@ def _unique(rows: list[list[str]]) -> list[list[str]]:
     return list(seen.values())
 
 
-def _figure(make: Any, name: str, folder: _io.Folder | None, caption: str, command: str) -> list[str]:
+def _figure(make: Any, name: str, folder: _output.Folder | None, caption: str, command: str) -> list[str]:
     """A figure embedded as SVG and, where asked for, kept as files; nothing where there is no data for it."""
     from rbkit.formats import html
 
@@ -323,7 +323,7 @@ def _of(record: dict[str, Any]) -> str:
     return ", ".join([MODES.get(mode, mode), *begun, *again])
 
 
-def _map_section(study: Study, folder: _io.Folder | None) -> list[str]:
+def _map_section(study: Study, folder: _output.Folder | None) -> list[str]:
     from rbkit.formats import figures, html
     from rbkit.tools.compare import interpretability, paired
 

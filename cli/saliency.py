@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _history, _io, _values
+from rbkit.cli import _history, _input, _output, _values
 from rbkit.cli._app import note, program
 from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
 from rbkit.cli._errors import Input, Usage, blame
@@ -162,9 +162,9 @@ def saliency(
     where the method has them completeness_error, output_change, steps, standard_error and block_standard_error.
     """
     options = dict(locals())
-    _io.refuse_taken(output, no_clobber=no_clobber)
+    _output.refuse_taken(output, no_clobber=no_clobber)
     spec = _spec(options)
-    _io.refuse_same_file(source, output)
+    _output.refuse_same_file(source, output)
     part = _values.shard(shard)
     place = set_up(device, threads)
     subject = load_model(model, archs=arch, device=place)
@@ -173,8 +173,8 @@ def saliency(
     entry = _history.entry(
         "rb-saliency", {k: v for k, v in options.items() if k != "background"}, model=subject.sha, inputs=inputs
     )
-    stream = _io.chunks(source, shard=part, max_document=max_document)
-    with _io.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
+    stream = _input.chunks(source, shard=part, max_document=max_document)
+    with _output.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         evaluation, missed = subject.evaluation(block), 0
         for chunk in watched(checked(stream, subject), tool="rb-saliency", quiet=quiet, shard=shard):
             arrays, explained_of, above = _explain_chunk(options, spec, evaluation, reference, chunk)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rbkit.cli import _flags, _gates, _history, _io, _table, _values
+from rbkit.cli import _flags, _gates, _history, _output, _table, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import load_model, set_up
 from rbkit.cli._errors import Input, Numbers, Usage
@@ -124,7 +124,7 @@ def score(
     from the stored bytes. Streams of one model, attack and parameters are pooled; an input of scores needs no model.
     """
     options = dict(locals())
-    _io.refuse_taken(output, no_clobber=no_clobber)
+    _output.refuse_taken(output, no_clobber=no_clobber)
     _values.choice(reduce, ("auto", "signed", "abs"), option="--reduce")
     _values.block(block)
     gates = _gates.parse(expect)
@@ -194,7 +194,7 @@ def _keep(run: Judge, options: dict[str, Any]) -> None:
     entry = _history.entry(
         "rb-score", {k: v for k, v in options.items() if k not in ("judge", "background", "expect", "flags", "tag")}
     )
-    with _io.Sink(options["output"], no_history=options["no_history"], no_clobber=options["no_clobber"]) as sink:
+    with _output.Sink(options["output"], no_history=options["no_history"], no_clobber=options["no_clobber"]) as sink:
         for pool in run.pools.pools.values():
             ids, columns = pool.joined()
             totals = [t for t in pool.totals.values() if t is not None]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _checkpoint, _examples, _history, _io, _ranks, _values
+from rbkit.cli import _checkpoint, _examples, _history, _input, _output, _ranks, _values
 from rbkit.cli._app import note, program
 from rbkit.cli._compute import load_model, set_up
 from rbkit.cli._errors import Input, Numbers, Output, Stopped, Usage, blame
@@ -233,7 +233,7 @@ def train(
     with _ranks.told_once(Usage):
         _ranks.check_launch()
         recipe, every = _recipe(options), pace(checkpoint_every)
-        _io.refuse_same_file(source, output)
+        _output.refuse_same_file(source, output)
     with _ranks.told_once(Numbers, Stopped), _ranks.joined() as ranks:
         followers = options if ranks.index == 0 else options | FOLLOWING
         _train({**followers, "micro": recipe.micro}, recipe, every, ranks)
@@ -252,7 +252,7 @@ def _train(options: dict[str, Any], recipe: Recipe, every: tuple[int, float], ra
     if ranks.largest(options["resume"] and _finished(options["output"], job)):
         return
     if options["resume"]:  # whose log is the one that goes on
-        _io.refuse_taken(options["output"], options["last"], no_clobber=options["no_clobber"])
+        _output.refuse_taken(options["output"], options["last"], no_clobber=options["no_clobber"])
     state = _begin(options, recipe, data, meta, place, job)
     _checkpoint.share(state, ranks)
     _run(options, state, training, held_out, recipe, Watch(job, every=every, ranks=ranks))
@@ -315,13 +315,13 @@ def _check_outputs(options: dict[str, Any]) -> None:
     """Refuse now what could not be written after hours of training."""
     output, last, log = (options[name] for name in ("output", "last", "log"))
     if not options["resume"]:
-        _io.refuse_taken(output, last, log, no_clobber=options["no_clobber"])
+        _output.refuse_taken(output, last, log, no_clobber=options["no_clobber"])
     for path in (output, last):
         if path is not None and (path.endswith("/") or path.lower().endswith(".png")):
             raise Usage(f"{path}: a model is no picture; write it to .safetensors")
     for path in (output, last, log):
         if path is not None and (path != "-" or path == output):
-            _io.check_writable(path)
+            _output.check_writable(path)
 
 
 def _finished(output: str, job: _checkpoint.Job) -> bool:
@@ -329,7 +329,7 @@ def _finished(output: str, job: _checkpoint.Job) -> bool:
     if output == "-" or not Path(output).exists():
         return False
     with blame(Input, FormatError, OSError):
-        found = next(iter(_io.reader(output))).meta
+        found = next(iter(_input.reader(output))).meta
     return found.get("kind") == "model" and found.get("job") == job.digest
 
 
@@ -406,7 +406,7 @@ def _summary(record: dict[str, Any]) -> str:
 def _write_log(path: str, state: State) -> None:
     from rbkit.formats.document import canonical
 
-    _io.write_file(path, "".join(canonical(record) + "\n" for record in state.records).encode())
+    _output.write_file(path, "".join(canonical(record) + "\n" for record in state.records).encode())
 
 
 def _write(
@@ -433,7 +433,7 @@ def _write(
     if options["last"] is not None:
         outputs.append((options["last"], net.state_dict(), state.epoch))
     for path, weights, epoch in reversed(outputs):
-        with _io.Sink(path, no_history=options["no_history"], no_clobber=options["no_clobber"]) as sink:
+        with _output.Sink(path, no_history=options["no_history"], no_clobber=options["no_clobber"]) as sink:
             arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in weights.items()}
             sink.write(arrays, {**described, "epoch": epoch}, last=True)
     if options["log"] is not None:

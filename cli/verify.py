@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _history, _io, _table, _values
+from rbkit.cli import _history, _input, _table, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import Model, load_model, set_up, to_tensor
 from rbkit.cli._errors import CheckFailed, Input, Usage, blame
@@ -98,7 +98,7 @@ def _counterpart(path: str, subject: Model, device: torch.device, max_document: 
     from rbkit.tools.verify import Clean
 
     found = Clean()
-    for chunk in checked(_io.chunks(path, max_document=max_document), subject):
+    for chunk in checked(_input.chunks(path, max_document=max_document), subject):
         arrays = {
             name: to_tensor(chunk.arrays[name], device) for name in ("id", "image", "label") if name in chunk.arrays
         }
@@ -121,7 +121,7 @@ class _Run:
             blame(Input, FormatError, OSError),
             Progress("rb-verify", total=None, unit="images", quiet=self.options["quiet"]) as progress,
         ):
-            reader = _io.reader(source, tolerant=True, max_document=self.options["max_document"])
+            reader = _input.reader(source, tolerant=True, max_document=self.options["max_document"])
             for chunk in reader:
                 current = current or self._begin(chunk)
                 current.add(self._rows(chunk))

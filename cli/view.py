@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rbkit.cli import _io
+from rbkit.cli import _input, _output
 from rbkit.cli._app import program
 from rbkit.cli._errors import Input, Output, Usage, blame
 from rbkit.cli._options import DOCUMENT_LIMIT, MaxDocument, NoClobber, Quiet, Sources
@@ -44,16 +44,16 @@ def view(
     rb-score become curves of accuracy against eps, or bars of a --metric; models become curves of their training.
     """
     names = sources or ["-"]
-    _io.refuse_taken(output, no_clobber=no_clobber)
+    _output.refuse_taken(output, no_clobber=no_clobber)
     if output == "-":
-        _io.refuse_terminal()
+        _output.refuse_terminal()
     elif not (output.endswith("/") or output.lower().endswith(".png")):
         raise Usage(f"-o {output}: expected a name ending in .png, or a folder ending in /")
     if all(_is_text(name) for name in names):
-        _io.write_file(output, _curves(names, output, metric), no_clobber=no_clobber)
+        _output.write_file(output, _curves(names, output, metric), no_clobber=no_clobber)
         return
     if names != ["-"] and output.lower().endswith(".png") and all(map(_is_model, names)):
-        _io.write_file(output, _training(names, metric or "accuracy"), no_clobber=no_clobber)
+        _output.write_file(output, _training(names, metric or "accuracy"), no_clobber=no_clobber)
         return
     from rbkit.cli._pictures import PictureWriter
     from rbkit.formats.rows import RowChecker
@@ -62,7 +62,7 @@ def view(
         writer = PictureWriter(output, rows=rows, spread=spread, no_clobber=no_clobber)
     for name in names:
         checker = RowChecker()
-        for chunk in watched(_io.chunks(name, max_document=max_document), tool="rb-view", quiet=True, unit="rows"):
+        for chunk in watched(_input.chunks(name, max_document=max_document), tool="rb-view", quiet=True, unit="rows"):
             if chunk.meta["kind"] not in ("model", "checkpoint", "scores"):
                 with blame(Input, FormatError):
                     chunk = checker(chunk)
@@ -96,7 +96,7 @@ def _curves(names: list[str], output: str, metric: str | None) -> bytes:
 
 def _is_model(name: str) -> bool:
     with blame(Input, FormatError, OSError):
-        return next(iter(_io.reader(name))).meta["kind"] == "model"
+        return next(iter(_input.reader(name))).meta["kind"] == "model"
 
 
 def _training(names: list[str], quantity: str) -> bytes:

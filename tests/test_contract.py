@@ -15,7 +15,7 @@ from safetensors import numpy as st
 from test_files_process import SCRIPTS
 
 from rbkit.cli._errors import Output
-from rbkit.cli._io import Sink
+from rbkit.cli._output import Sink
 
 
 def refused(result: Result, status: int, *words: str) -> None:

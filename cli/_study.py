@@ -65,6 +65,10 @@ class Study:
         part.sheets = [name for name in self.sheets if Path(name).parent in folders]
         return part
 
+    def titled(self, text: str) -> str:
+        """A title that says which of several studies it is about."""
+        return text if self.tag is None else f"{text}: {self.tag}"
+
     @property
     def eps(self) -> float:
         """The radius at which the answer is given: that of the robust model's training, or the middle one attacked."""

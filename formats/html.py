@@ -49,6 +49,11 @@ def paragraph(text: str, *, kind: str = "") -> str:
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
+def alarm(what: str, reasons: Sequence[str]) -> list[str]:
+    """A paragraph that says why numbers must not be trusted, where there is a reason."""
+    return [paragraph(f"{what}: " + "; ".join(reasons) + ".", kind="answer alarm")] if reasons else []
+
+
 LONG = 32  # characters from which a cell is broken into lines
 
 

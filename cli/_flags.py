@@ -10,9 +10,10 @@ from rbkit.cli._errors import CheckFailed, Inconclusive, Input, Usage, blame
 
 if TYPE_CHECKING:
     from rbkit.tools.batch import Batch
-    from rbkit.tools.flags import Flag, Sample
+    from rbkit.tools.flags import Flag
     from rbkit.tools.models import Evaluation
     from rbkit.tools.pool import Pools
+    from rbkit.tools.trial import Sample
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Flags:
 
     def add(self, batch: Batch, about: dict[str, Any]) -> None:
         """Take in the rows of a chunk; of all that came only those stay that the sample draws. Raises: Input."""
-        from rbkit.tools.flags import Sample
+        from rbkit.tools.trial import Sample
 
         if batch.adversarial is None or batch.label is None or about.get("eps") == 0:
             return  # nothing was attacked

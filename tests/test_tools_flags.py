@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from toys import H, W, convnet, generator, linear
 
-from rbkit.tools import attack, flags, stages
+from rbkit.tools import attack, flags, stages, trial
 from rbkit.tools.flow import polling
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.slots import Batch
+from rbkit.tools.trial import Sample, Trial
 
 N, C, EPS = 32, 3, 0.5
 
@@ -39,21 +40,21 @@ def defended(before: Callable[[Tensor], Tensor] = same, after: Callable[[Tensor]
 
 
 def rows(model: Evaluation, count: int = N, *, spread: float = 0.2, norm: str = "l2", eps: float = EPS,
-         **spec: object) -> flags.Sample:  # fmt: skip
+         **spec: object) -> Sample:  # fmt: skip
     """Images that are multiples of 1/16, labelled by the undefended model, attacked by PGD with `spec`."""
     x = (0.5 + spread * torch.randn(count, C, H, W, generator=generator(5))).clamp(0, 1).mul(16).round() / 16
     ids = torch.arange(count) * 7
-    sample = flags.Sample(ids, x, x, model.logits(x).argmax(1))
+    sample = Sample(ids, x, x, model.logits(x).argmax(1))
     return attacked(model, sample, attack.pgd(norm=norm, eps=eps, **spec))
 
 
-def attacked(model: Evaluation, sample: flags.Sample, spec: attack.Attack) -> flags.Sample:
+def attacked(model: Evaluation, sample: Sample, spec: attack.Attack) -> Sample:
     batch = Batch(sample.ids, sample.clean, {"label": sample.label})
     _, found = next(stages.run(model, spec, polling([batch])))
     return replace(sample, stored=found.outcome.images, target=found.target)
 
 
-def fired(model: Evaluation, sample: flags.Sample, *, norm: str = "l2", eps: float = EPS) -> set[str]:
+def fired(model: Evaluation, sample: Sample, *, norm: str = "l2", eps: float = EPS) -> set[str]:
     found = flags.flags(model, sample, norm=norm, eps=eps)
     assert all(flag.n == N for flag in found)
     return {flag.name for flag in found if flag.fires}
@@ -133,9 +134,9 @@ def test_a_weak_attack_is_noticed_and_the_model_is_not_blamed(weak: str) -> None
     assert "few_steps" in found and found <= {"few_steps", "one_step", "noise", "black_box"}
 
 
-def labelled(model: Evaluation) -> flags.Sample:
+def labelled(model: Evaluation) -> Sample:
     x = torch.rand(N, C, H, W, generator=generator(6))
-    return flags.Sample(torch.arange(N), x, x, model.logits(x).argmax(1))
+    return Sample(torch.arange(N), x, x, model.logits(x).argmax(1))
 
 
 def test_an_attack_on_another_model_is_noticed() -> None:
@@ -165,7 +166,7 @@ def test_a_targeted_attack_is_judged_by_its_targets() -> None:
 
 def test_the_sample_is_that_of_the_ids_in_any_order_and_pieces() -> None:
     x = torch.rand(150, 2, 3, 4, generator=generator(7))
-    every = flags.Sample(torch.arange(150) - 20, x, x.flip(0), torch.arange(150) % 5)
+    every = Sample(torch.arange(150) - 20, x, x.flip(0), torch.arange(150) % 5)
     whole = every.drawn()
     order = torch.randperm(150, generator=generator(8))
     pieces = [every.take(order[a:b]) for a, b in ((0, 70), (70, 71), (71, 150))]
@@ -213,12 +214,12 @@ def test_what_flags_refuse() -> None:
 def test_the_search_stays_in_the_ball_and_changes_squares() -> None:
     ids, delta = torch.arange(6), torch.zeros(6, 3, 8, 10)
     for norm, size in (("linf", 0.3), ("l2", 0.15)):
-        change = flags._square(ids, delta, 0.3, norm, 0, seed=0)
+        change = trial._square(ids, delta, 0.3, norm, 0, seed=0)
         measured = change.flatten(1).abs().amax(1) if norm == "linf" else change.flatten(1).norm(dim=1)
         assert measured.tolist() == pytest.approx([size] * 6)
         assert ((change != 0).sum((2, 3)) == 36).all()  # 6 x 6 is half of 8 x 10 at the first query
-        assert torch.equal(change[2:3], flags._square(ids[2:3], delta[:1], 0.3, norm, 0, seed=0))
-    last = flags._square(ids, delta, 0.3, "linf", flags.QUERIES - 1, seed=0)
+        assert torch.equal(change[2:3], trial._square(ids[2:3], delta[:1], 0.3, norm, 0, seed=0))
+    last = trial._square(ids, delta, 0.3, "linf", trial.QUERIES - 1, seed=0)
     assert ((last != 0).sum((2, 3)) == 1).all()
 
 
@@ -245,5 +246,5 @@ def test_a_single_row_tells_a_batch_statistic() -> None:
 def test_the_search_climbs() -> None:
     """It breaks most of what PGD breaks, and far more than the tenth that squares which do not build on each other break."""
     model = defended()
-    trial = flags._Trial(model, labelled(model), "linf", 0.07, 0)
+    trial = Trial(model, labelled(model), "linf", 0.07, 0)
     assert trial.default.float().mean() > 0.9 and trial.searched().float().mean() > 0.8

@@ -223,7 +223,7 @@ class _Side:
         if options["start_from"] is not None:
             self.images, self.ids, _ = load_images(options["start_from"], subject, device, max_document=limit)
         if options["seeds_from"] is not None:
-            from rbkit.tools.invert import fit_seeds
+            from rbkit.tools.starts import fit_seeds
 
             images, _, labels = load_images(options["seeds_from"], subject, device, max_document=limit)
             if labels is None:
@@ -240,19 +240,18 @@ class _Side:
     def _start(
         self, evaluation: Evaluation, ids: torch.Tensor, shape: tuple[int, ...], labels: Any, draw: int
     ) -> torch.Tensor:
-        from rbkit.tools import invert as tool
-        from rbkit.tools import random
+        from rbkit.tools import random, starts
 
         if self.kind == "mean":
             return evaluation.model.mean.clamp(0, 1).expand(len(ids), *shape).clone()
         if self.kind == "seeds":
-            return tool.draw_seeds(self.gaussians, labels, ids=ids, seed=self.seed, draw=draw)
+            return starts.draw_seeds(self.gaussians, labels, ids=ids, seed=self.seed, draw=draw)
         if self.kind == "image":
             assert self.images is not None and self.ids is not None
             chosen = random.integers(ids, len(self.images), seed=self.seed, purpose="start image", draw=draw)
             same = self.ids[chosen] == ids  # another image, where there is one
             return self.images[(chosen + same.long()) % len(self.images)]
-        return tool.grey_noise(ids, shape, seed=self.seed, draw=draw)
+        return starts.grey_noise(ids, shape, seed=self.seed, draw=draw)
 
 
 def _invert_chunk(

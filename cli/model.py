@@ -105,7 +105,7 @@ def _export(source: str, output: str, *, no_clobber: bool) -> None:
 
 def _import(options: dict[str, Any]) -> None:
     from rbkit.tools.architectures import build
-    from rbkit.tools.models import strip_wrapping
+    from rbkit.tools.weights import strip_wrapping
 
     if options["arch"] is None or options["classes"] is None:
         raise Usage("import needs --arch and --classes")

@@ -9,14 +9,10 @@ import torchmetrics
 import toys
 
 from rbkit.tools.invert import (
-    RIDGE,
     Inversion,
     class_images,
     differentiable,
-    draw_seeds,
     features,
-    fit_seeds,
-    grey_noise,
     invert,
     top_images,
     total_variation,
@@ -24,6 +20,7 @@ from rbkit.tools.invert import (
     unit_images,
     unit_objective,
 )
+from rbkit.tools.starts import RIDGE, draw_seeds, fit_seeds, grey_noise
 
 torch.set_num_threads(1)
 X = toys.images()

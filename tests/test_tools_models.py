@@ -9,15 +9,9 @@ import torch
 from torch import nn
 
 from rbkit.tools.architectures import build, resnet8, resnet18
-from rbkit.tools.models import (
-    Classifier,
-    Evaluation,
-    fake_last_relu,
-    head_name,
-    in_blocks,
-    padded,
-    strip_wrapping,
-)  # fmt: skip
+from rbkit.tools.fake_relu import fake_last_relu
+from rbkit.tools.models import Classifier, Evaluation, head_name, in_blocks, padded
+from rbkit.tools.weights import strip_wrapping
 
 N, C, H, W, K = 5, 3, 8, 12, 4
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]

@@ -1,7 +1,7 @@
 """Inversion and generation: representations, class images and units, each the ascent loop with an objective.
 
 Sources: Engstrom et al. 2019 (arXiv 1906.00945) for inversion and the gradient through the last ReLU; Santurkar et
-al. 2019 (arXiv 1906.09453) for class images from Gaussian seeds. Losses are per example: a batch equals single runs.
+al. 2019 (arXiv 1906.09453) for class images. Losses are per example: a batch equals single runs.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from rbkit.tools import random
 from rbkit.tools.adam import Adam
 from rbkit.tools.ascend import Plan, ascend, counted
+from rbkit.tools.fake_relu import fake_last_relu
 from rbkit.tools.losses import LOSSES
-from rbkit.tools.models import Evaluation, fake_last_relu, in_blocks
+from rbkit.tools.models import Evaluation, in_blocks
 from rbkit.tools.norms import L2
 from rbkit.tools.slots import Batch, Context, Objective, Outcome
 
-SEED_GRID = 4  # side of the blocks that class seeds are averaged over
 STEP_SIZES = {"normalised": 0.5, "plain": 1.0, "adam": 0.02}  # of each optimizer, where none is asked for
-RIDGE = 1e-4  # added to the seeds' covariance
 
 
 @dataclass(frozen=True)
@@ -123,11 +120,6 @@ def unit_activations(activations: Tensor) -> Tensor:
     return activations.flatten(2).mean(2) if activations.dim() > 2 else activations
 
 
-def grey_noise(ids: Tensor, shape: tuple[int, ...], *, seed: int, draw: int = 0) -> Tensor:
-    """The paper's grey start: 0.5 plus uniform noise of width 1/20, keyed by id."""
-    return 0.5 + random.uniform(ids, shape, seed=seed, purpose="grey noise", draw=draw) / 20
-
-
 def differentiable(evaluation: Evaluation, spec: Inversion, images: Tensor) -> Evaluation:
     """The evaluation through which gradients are taken: with the last ReLU open where asked for."""
     if not spec.fake_relu:
@@ -180,48 +172,6 @@ def unit_images(evaluation: Evaluation, units: Tensor, starts: list[Tensor], spe
     objective = unit_objective(differentiable(evaluation, spec, starts[0]), layer=spec.layer)
     outcome = _best_of(objective, spec, units, starts, {"unit": units}, evaluation.block)
     return outcome.images, outcome.value
-
-
-@dataclass(frozen=True)
-class ClassSeeds:
-    """Gaussians of block-averaged images, one per class: mean (K, D), factor (K, D, D) lower triangular."""
-
-    mean: Tensor
-    factor: Tensor
-    shape: tuple[int, int, int]
-    grid: int
-
-
-def fit_seeds(images: Tensor, labels: Tensor, classes: int, *, grid: int = SEED_GRID) -> ClassSeeds:
-    """Fit the class-conditional Gaussians of Santurkar et al. 2019 to training images averaged over grid x grid pixels.
-
-    Shapes: images (N, C, H, W), H and W multiples of `grid`. Raises: ValueError for other sizes or an absent class.
-    """
-    _, channels, height, width = images.shape
-    if height % grid or width % grid:
-        raise ValueError(f"images of {height} x {width} do not divide into blocks of {grid}")
-    small = F.avg_pool2d(images, grid).flatten(1).double()
-    means, factors = [], []
-    for label in range(classes):
-        rows = small[labels == label]
-        if not len(rows):
-            raise ValueError(f"no training image of class {label} to fit seeds on")
-        centred = rows - rows.mean(0)
-        covariance = centred.T @ centred / max(len(rows) - 1, 1)
-        covariance += RIDGE * torch.eye(small.shape[1], dtype=torch.float64, device=images.device)
-        means.append(rows.mean(0))
-        factors.append(torch.linalg.cholesky(covariance))
-    return ClassSeeds(torch.stack(means), torch.stack(factors), (channels, height, width), grid)
-
-
-def draw_seeds(seeds: ClassSeeds, labels: Tensor, *, ids: Tensor, seed: int, draw: int = 0) -> Tensor:
-    """A seed image per label, nearest-upsampled to full size and cut to [0, 1], keyed by id (N, C, H, W)."""
-    channels, height, width = seeds.shape
-    size = seeds.mean.shape[1]
-    noise = random.normal(ids, (size,), seed=seed, purpose="class seed", draw=draw).double()
-    small = seeds.mean[labels] + torch.einsum("nij,nj->ni", seeds.factor[labels], noise)
-    low = small.reshape(-1, channels, height // seeds.grid, width // seeds.grid).clamp(0, 1)
-    return low.repeat_interleave(seeds.grid, 2).repeat_interleave(seeds.grid, 3).to(torch.float32)
 
 
 def top_images(evaluation: Evaluation, images: Tensor, units: Tensor, *, layer: str | None, count: int) -> Tensor:

@@ -92,7 +92,7 @@ class Evaluation(nn.Module):
             conv = _convolution(self.model.net, conv_name)
             if conv.bias is None:
                 conv.bias = nn.Parameter(torch.zeros(conv.out_channels, device=conv.weight.device), requires_grad=False)
-            _replace(self.model.net, norm_name, nn.Identity())
+            replace_module(self.model.net, norm_name, nn.Identity())
         self.refresh(classifier)
         self.model.to(memory_format=torch.channels_last)
 
@@ -174,7 +174,8 @@ def in_blocks(function: Callable[..., Tensor], *tensors: Tensor, block: int) -> 
     return torch.cat([function(*(p for p, _ in row))[: row[0][1]] for row in zip(*parts, strict=True)])
 
 
-def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the one called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(net.get_submodule(parent), child, module)
 
@@ -185,96 +186,3 @@ def head_name(net: nn.Module) -> str:
     if not names:
         raise ValueError("the network has no linear head, so its features cannot be told; try --layer NAME")
     return names[-1]
-
-
-class _StraightThrough(torch.autograd.Function):
-    """ReLU forward, identity backward (FakeReLU of Engstrom et al. 2019, arXiv 1906.00945)."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.clamp_min(0)
-
-    @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
-class FakeReLU(nn.Module):
-    """Lets the gradient through at the last of `calls` uses per forward pass; forward values are those of ReLU."""
-
-    def __init__(self, calls: int) -> None:
-        super().__init__()
-        self.calls, self.used = calls, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.used = self.used % self.calls + 1
-        return _StraightThrough.apply(x) if self.used == self.calls else x.clamp_min(0)
-
-
-def fake_last_relu(evaluation: Evaluation, images: Tensor) -> Evaluation:
-    """A copy whose last ReLU lets gradients through; `images` (one block) show which ReLU runs last.
-
-    Raises: ValueError for a network without ReLU modules.
-    """
-    changed = copy.deepcopy(evaluation)
-    order: list[str] = []
-    relus = [(name, m) for name, m in changed.model.net.named_modules() if isinstance(m, nn.ReLU)]
-    handles = [m.register_forward_hook(lambda *_, name=name: order.append(name)) for name, m in relus]
-    with torch.no_grad():
-        changed(images)
-    for handle in handles:
-        handle.remove()
-    if not order:
-        raise ValueError("the network has no ReLU modules; try without --fake-relu")
-    _replace(changed.model.net, order[-1], FakeReLU(order.count(order[-1])))
-    return changed
-
-
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "ema", "model_ema", "state_dict_ema")
-PREFIXES = ("module.", "model.", "net.", "_orig_mod.", "backbone.")
-
-
-def _unwrap(saved: object) -> dict[str, Tensor]:
-    """The dictionary of tensors inside what people save."""
-    for _ in range(3):
-        if isinstance(saved, dict) and saved and all(isinstance(v, Tensor) for v in saved.values()):
-            return dict(saved)
-        inner = next((saved[k] for k in WRAPPERS if isinstance(saved, dict) and isinstance(saved.get(k), dict)), None)
-        if inner is None:
-            break
-        saved = inner
-    if isinstance(saved, dict) and saved and all(isinstance(k, str) for k in saved):
-        tensors = {k: v for k, v in saved.items() if isinstance(v, Tensor)}
-        if tensors:
-            return tensors
-    raise ValueError("no state dict found; expected a dictionary of tensors, or one under state_dict, model or ema")
-
-
-def strip_wrapping(saved: object, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `saved` under the keys and dtypes of `expected`: wrappers opened, prefixes removed.
-
-    Raises: ValueError listing missing and unexpected keys, or the first shape that differs.
-    """
-    state = _unwrap(saved)
-    while state and not set(state) & set(expected):
-        prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state)), None)
-        if prefix is None:
-            break
-        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    counters = {key for key in expected if key.endswith("num_batches_tracked")}
-    missing, unexpected = sorted(set(expected) - set(state) - counters), sorted(set(state) - set(expected))
-    if missing or unexpected:
-        parts = [
-            f"{len(k)} {w} keys ({', '.join(k[:4])}{', …' if len(k) > 4 else ''})"
-            for k, w in ((missing, "missing"), (unexpected, "unexpected"))
-            if k
-        ]
-        raise ValueError("the weights do not fit the architecture: " + "; ".join(parts))
-    for key, tensor in expected.items():
-        if key in state and state[key].shape != tensor.shape:
-            raise ValueError(
-                f"{key} has shape {list(state[key].shape)}, the architecture has {list(tensor.shape)}; are --classes and --input right?"
-            )
-    return {
-        key: state.get(key, tensor).detach().to(tensor.dtype).contiguous().clone() for key, tensor in expected.items()
-    }

@@ -97,11 +97,12 @@ class _Summary:
 
     def record(self, name: str) -> dict[str, Any]:
         meta = {k: v for k, v in self.meta.items() if k not in ("count", "part", "schema")}
-        tensors = {n: {**t, "low": _finite(t["low"]), "high": _finite(t["high"])} for n, t in self.tensors.items()}
+        tensors = {n: {**t, "low": _spelled(t["low"]), "high": _spelled(t["high"])} for n, t in self.tensors.items()}
         return {"file": name, "rows": self.rows, "tensors": tensors, **meta}
 
 
-def _finite(value: Any) -> Any:
+def _spelled(value: Any) -> Any:
+    """A number, or the name of one that JSON does not have."""
     return value if value is None or (value == value and abs(value) != float("inf")) else str(value)
 
 

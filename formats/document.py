@@ -61,11 +61,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: tensors by name, our metadata (None for files of others) and the section sizes in bytes."""
+    """A checked header: tensors by name, our metadata (None for files of others) and the size of the data section in bytes."""
 
     tensors: dict[str, TensorInfo]
     meta: dict[str, Any] | None
-    header_bytes: int
     data_bytes: int
     foreign: dict[str, str] = field(default_factory=dict)
 
@@ -138,7 +137,8 @@ def strict_json(raw: bytes, *, what: str) -> Any:
         raise FormatError(f"{what} is not valid JSON ({type(error).__name__})") from None
 
 
-def _whole(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value of JSON is a number of bytes or rows: whole, not negative, below 2**63."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
@@ -151,9 +151,9 @@ def _tensor(name: str, entry: Any) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or (dtype not in DTYPES and dtype != BF16):
         raise FormatError(f"tensor {shown!r}: dtype {printable(str(dtype))!r} is not supported")
-    if not isinstance(shape, list) or len(shape) > 16 or not all(map(_whole, shape)):
+    if not isinstance(shape, list) or len(shape) > 16 or not all(map(is_count, shape)):
         raise FormatError(f"tensor {shown!r}: bad shape")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
         raise FormatError(f"tensor {shown!r}: bad data_offsets")
     # The product over non-zero dimensions guards against [0, 2**62, 2**62], which numpy cannot hold.
     if math.prod(d for d in shape if d) * itemsize(dtype) >= 2**63:
@@ -211,7 +211,7 @@ def parse_header(raw: bytes, *, max_document: int = MAX_DOCUMENT) -> Header:
     size = _check_cover(tensors)
     if size + len(raw) > max_document:
         raise LimitError(f"document of {size} bytes, more than the limit of {max_document}; try --max-document")
-    return Header(tensors, meta, len(raw), size, foreign)
+    return Header(tensors, meta, size, foreign)
 
 
 def layout(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from rbkit.formats import document, png
 from rbkit.formats.chunk import ROWLESS, ROWS, Chunk, spans, split
-from rbkit.formats.document import Header, TensorInfo
+from rbkit.formats.document import Header, TensorInfo, is_count
 from rbkit.formats.errors import ChecksumError, FormatError
 from rbkit.formats.folder import encode_names, path_id
 
@@ -97,7 +97,7 @@ class _Sequence:
 
     def check(self, meta: Mapping[str, Any]) -> bool:
         part = meta.get("part")
-        if not isinstance(part, dict) or not _is_count(part.get("index")) or not isinstance(part.get("last"), bool):
+        if not isinstance(part, dict) or not is_count(part.get("index")) or not isinstance(part.get("last"), bool):
             raise FormatError("metadata lacks a valid part (index and last)")
         if part["index"] != self.expected:
             raise FormatError(f"has part {part['index']}, expected {self.expected} (missing, repeated or reordered)")
@@ -115,10 +115,6 @@ class _Sequence:
             raise FormatError(f"stream ended after document {number} without its last document; upstream stopped early")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
 def _normal_meta(header: Header) -> dict[str, Any]:
     """Our metadata, or what a foreign file of rows amounts to."""
     lengths = {t.shape[0] if t.shape else None for t in header.tensors.values()}
@@ -131,9 +127,9 @@ def _normal_meta(header: Header) -> dict[str, Any]:
         meta |= {"first": 0, "count": count, "total": count, "history": []}
     if meta["kind"] in (*ROWLESS, "foreign"):
         return {**meta, "first": 0, "count": 0}
-    if not _is_count(meta.get("first")) or not _is_count(meta.get("count")):
+    if not is_count(meta.get("first")) or not is_count(meta.get("count")):
         raise FormatError("metadata lacks first or count")
-    if not _is_count(meta["first"] + meta["count"]) or not _is_count(meta.get("total") or 0):
+    if not is_count(meta["first"] + meta["count"]) or not is_count(meta.get("total") or 0):
         raise FormatError("metadata holds an impossible first, count or total")
     uneven = {n: t.shape for n, t in header.tensors.items() if not t.shape or t.shape[0] != meta["count"]}
     if uneven:

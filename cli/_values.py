@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 from rbkit.cli._errors import Usage
+
+NORMS = ("l2", "linf")
+LAST_ITERATES = ("judged", "unjudged")
 
 
 def number(text: str, *, option: str, low: float = 0.0, high: float = math.inf) -> float:
@@ -40,6 +44,13 @@ def choice(text: str, allowed: Sequence[str], *, option: str) -> str:
     if text not in allowed:
         raise Usage(f"{option}: got {text!r}, expected one of {', '.join(allowed)}")
     return text
+
+
+def choices(options: Mapping[str, Any], **allowed: Sequence[str]) -> None:
+    """Of each option that is named and given (not None), one of what is allowed."""
+    for name, values in allowed.items():
+        if options[name] is not None:
+            choice(options[name], values, option=f"--{name.replace('_', '-')}")
 
 
 def shard(text: str | None) -> tuple[int, int] | None:

@@ -218,17 +218,10 @@ def _surrogate(path: str, victim: Model, *, archs: list[str] | None, device: Any
 
 def _radii(options: dict[str, Any]) -> list[float]:
     """The radii, after all options were checked."""
-    _values.choice(options["attack"], NAMES, option="--attack")
-    _values.choice(options["norm"], ("l2", "linf"), option="--norm")
-    for name, allowed in (
-        ("loss", LOSSES),
-        ("until", ("broken", "end")),
-        ("start", ("random", "clean")),
-        ("keep", KEEPS),
-        ("last_iterate", ("judged", "unjudged")),
-    ):
-        if options[name] is not None:
-            _values.choice(options[name], allowed, option=f"--{name.replace('_', '-')}")
+    _values.choices(
+        options, attack=NAMES, norm=_values.NORMS, loss=LOSSES, until=("broken", "end"), start=("random", "clean"), keep=KEEPS,
+        last_iterate=_values.LAST_ITERATES,
+    )  # fmt: skip
     for name, takers in TAKES.items():
         if options[name] not in (None, False) and options["attack"] not in takers:
             raise Usage(f"--{name.replace('_', '-')} goes with --attack {', '.join(takers)}, not {options['attack']}")

@@ -160,9 +160,7 @@ def data(
 
 def _check_options(options: dict[str, Any]) -> None:
     kind, paths = _values.choice(options["kind"], SOURCES, option="SOURCE"), options["paths"] or []
-    _values.choice(options["split"], SPLITS, option="--split")
-    if options["layout"] is not None:
-        _values.choice(options["layout"], ("nchw", "nhwc"), option="--layout")
+    _values.choices(options, split=SPLITS, layout=("nchw", "nhwc"))
     if options["grey"] and options["rgb"]:
         raise Usage("--grey and --rgb exclude each other")
     for name, takers in TAKES.items():

@@ -185,17 +185,15 @@ def invert(
 def _spec(options: dict[str, Any]) -> Inversion:
     from rbkit.tools.invert import STEP_SIZES, Inversion
 
-    _values.choice(options["optimizer"], OPTIMIZERS, option="--optimizer")
-    _values.choice(options["keep"], KEEPS, option="--keep")
-    _values.choice(options["last_iterate"], ("judged", "unjudged"), option="--last-iterate")
+    _values.choices(
+        options, optimizer=OPTIMIZERS, keep=KEEPS, last_iterate=_values.LAST_ITERATES, mode=MODES, objective=("ce", "logit")
+    )  # fmt: skip
+    _values.block(options["block"])
     if options["step_size"] is None:
         options["step_size"] = str(STEP_SIZES[options["optimizer"]])
-    _values.choice(options["mode"], MODES, option="--mode")
-    _values.choice(options["objective"], ("ce", "logit"), option="--objective")
-    _values.block(options["block"])
     if options["start"] is None:
         options["start"] = "image" if options["start_from"] else "seeds" if options["seeds_from"] else "noise"
-    _values.choice(options["start"], STARTS, option="--start")
+    _values.choices(options, start=STARTS)
     if (options["start"] == "image") != (options["start_from"] is not None):
         raise Usage("--start image and --start-from FILE go together")
     if (options["start"] == "seeds") != (options["seeds_from"] is not None) or (

@@ -187,14 +187,7 @@ def saliency(
 def _spec(options: dict[str, Any]) -> Saliency:
     from rbkit.tools.saliency import Saliency
 
-    for name, allowed in (
-        ("method", METHODS),
-        ("explain", OUTPUTS),
-        ("of", OF),
-        ("baseline", BASELINES),
-        ("masker", MASKERS),
-    ):
-        _values.choice(options[name], allowed, option=f"--{name}")
+    _values.choices(options, method=METHODS, explain=OUTPUTS, of=OF, baseline=BASELINES, masker=MASKERS)
     _values.block(options["block"])
     if options["target"] not in ("predicted", "label") and not options["target"].isdecimal():
         raise Usage(f"--target: got {options['target']!r}, expected predicted, label or a class number")

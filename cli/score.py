@@ -125,7 +125,7 @@ def score(
     """
     options = dict(locals())
     _output.refuse_taken(output, no_clobber=no_clobber)
-    _values.choice(reduce, ("auto", "signed", "abs"), option="--reduce")
+    _values.choices(options, reduce=("auto", "signed", "abs"))
     _values.block(block)
     gates = _gates.parse(expect)
     if flags and per_example:

@@ -263,18 +263,11 @@ def _train(options: dict[str, Any], recipe: Recipe, every: tuple[int, float], ra
 def _recipe(options: dict[str, Any]) -> Recipe:
     from rbkit.tools.recipe import Recipe
 
-    for name, allowed in (
-        ("schedule", SCHEDULES),
-        ("augment", AUGMENTS),
-        ("select", SELECTS),
-        ("norm", ("l2", "linf")),
-        ("optimizer", ("sgd", "adam")),
-        ("attack_bn", ("eval", "train")),
-        ("attack_start", ("random", "clean")),
-        ("attack_keep", ("last", "batch")),
-        ("last_iterate", ("judged", "unjudged")),
-    ):
-        _values.choice(options[name], allowed, option=f"--{name.replace('_', '-')}")
+    _values.choices(
+        options, schedule=SCHEDULES, augment=AUGMENTS, select=SELECTS, norm=_values.NORMS, optimizer=("sgd", "adam"),
+        attack_bn=("eval", "train"), attack_start=("random", "clean"), attack_keep=("last", "batch"),
+        last_iterate=_values.LAST_ITERATES,
+    )  # fmt: skip
     if options["last_iterate"] == "unjudged" and options["attack_keep"] != "batch":
         raise Usage("--last-iterate unjudged goes with --attack-keep batch; the last iterate alone is never judged")
     if options["schedule_epochs"] is not None and options["schedule_epochs"] < options["epochs"]:
@@ -282,14 +275,7 @@ def _recipe(options: dict[str, Any]) -> Recipe:
             f"--schedule-epochs {options['schedule_epochs']}: shorter than the {options['epochs']} epochs of training"
         )
     radius = _values.number(options["eps"], option="--eps")
-    method = options["method"] or ("pgd" if radius else "standard")
-    _values.choice(method, METHODS, option="--method")
-    if (method in ROBUST) != (radius > 0):
-        raise Usage(
-            f"--method {method} with --eps {options['eps']}: {', '.join(ROBUST)} need a radius, others have none"
-        )
-    if (method == "noise") != (options["sigma"] is not None):
-        raise Usage("--method noise and --sigma X go together")
+    method = _method(options, radius)
     sigma = 0.0 if options["sigma"] is None else _values.number(options["sigma"], option="--sigma")
     steps = 1 if method == "fgsm" else options["steps"]
     default = 1.25 * radius if method == "fgsm" else 2.5 * radius / steps
@@ -298,6 +284,19 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     plain = {name: options[name] for name in names if name in options}
     own = {"method": method, "eps": radius, "steps": steps if radius else 0, "step_size": size, "sigma": sigma}
     return Recipe(**{**plain, **own, "micro": _micro(options["micro"], options["batch"])})
+
+
+def _method(options: dict[str, Any], radius: float) -> str:
+    """The method of training, where it and the radius and noise that are asked for fit one another."""
+    method = str(options["method"] or ("pgd" if radius else "standard"))
+    _values.choice(method, METHODS, option="--method")
+    if (method in ROBUST) != (radius > 0):
+        raise Usage(
+            f"--method {method} with --eps {options['eps']}: {', '.join(ROBUST)} need a radius, others have none"
+        )
+    if (method == "noise") != (options["sigma"] is not None):
+        raise Usage("--method noise and --sigma X go together")
+    return method
 
 
 def _micro(micro: int | None, batch: int) -> int | None:

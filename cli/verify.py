@@ -81,8 +81,7 @@ def verify(
         return
     if model is None:
         raise Usage("no model: give the attacked one with -m")
-    if norm is not None:
-        _values.choice(norm, ("l2", "linf"), option="--norm")
+    _values.choices(options, norm=_values.NORMS)
     options["eps"] = None if eps is None else _values.number(eps, option="--eps")
     place = set_up(device, threads)
     subject = load_model(model, archs=arch, device=place)
@@ -150,7 +149,7 @@ class _Run:
         eps = attack.get("eps")
         sound = isinstance(eps, int | float) and not isinstance(eps, bool) and 0 <= eps < float("inf")
         norm = attack.get("norm")
-        return {"norm": norm if norm in ("l2", "linf") else None, "eps": float(eps) if sound else None}  # type: ignore[arg-type]
+        return {"norm": norm if norm in _values.NORMS else None, "eps": float(eps) if sound else None}  # type: ignore[arg-type]
 
     def _rows(self, chunk: Chunk) -> Any:
         """The rows as tensors, whatever their values are. Raises: Input for what cannot be computed with."""

@@ -66,6 +66,16 @@ def by_model(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]
     return groups
 
 
+def _errors(records: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Distances from values to both ends of their intervals, 0 where there is none."""
+    ends: list[list[float]] = [[], []]
+    for record in records:
+        value = record["value"]
+        ends[0].append(0.0 if record.get("low") is None else max(0.0, value - record["low"]))
+        ends[1].append(0.0 if record.get("high") is None else max(0.0, record["high"] - value))
+    return ends
+
+
 def accuracy_curves(records: Sequence[dict[str, Any]], *, form: str) -> bytes:
     """Robust accuracy against eps, one line per model, with 95 % intervals; eps 0 is the clean accuracy.
 
@@ -81,15 +91,12 @@ def accuracy_curves(records: Sequence[dict[str, Any]], *, form: str) -> bytes:
         clean = next((r for r in records if r.get("metric") == "clean_accuracy" and r.get("model_sha") == sha), None)
         if clean is not None:
             points.setdefault(0.0, clean)
-        xs = sorted(points)
-        ys = [points[x]["value"] for x in xs]
-        error = [
-            [y - (points[x]["low"] or y) for x, y in zip(xs, ys, strict=True)],
-            [(points[x]["high"] or y) - y for x, y in zip(xs, ys, strict=True)],
-        ]
+        radii = sorted(points)
+        shown = [points[eps] for eps in radii]
         axes.errorbar(
-            xs, ys, yerr=error, marker="o", capsize=3, color=COLOURS[number % len(COLOURS)], label=model_name(group[0])
-        )
+            radii, [r["value"] for r in shown], yerr=_errors(shown), marker="o", capsize=3,
+            color=COLOURS[number % len(COLOURS)], label=model_name(group[0]),
+        )  # fmt: skip
     axes.set(xlabel=f"eps ({chosen[0].get('norm')}, [0, 1] pixels)", ylabel="accuracy", ylim=(0, 1))
     axes.legend(frameon=False, fontsize=8)
     return render(figure, form=form)
@@ -110,10 +117,10 @@ def metric_bars(records: Sequence[dict[str, Any]], metric: str, *, form: str) ->
     for number, group in enumerate(groups.values()):
         for record in group:
             x = methods.index(record["method"]) + (number - (len(groups) - 1) / 2) * width
-            value = record["value"]
-            error = [[value - (record["low"] or value)], [(record["high"] or value) - value]]
-            label = model_name(record) if record is group[0] else None
-            axes.bar(x, value, width * 0.92, yerr=error, capsize=3, color=COLOURS[number % len(COLOURS)], label=label)
+            axes.bar(
+                x, record["value"], width * 0.92, yerr=_errors([record]), capsize=3, color=COLOURS[number % len(COLOURS)],
+                label=model_name(record) if record is group[0] else None,
+            )  # fmt: skip
             chance = (record.get("band") or {}).get("random")
             if chance is not None:
                 axes.plot([x - width / 2, x + width / 2], [chance, chance], color="black", linewidth=1.2, linestyle=":")
@@ -138,44 +145,22 @@ def training_curves(models: Sequence[dict[str, Any]], *, quantity: str = "accura
     figure, axes = _figure()
     drawn = False
     for number, meta in enumerate(models):
-        epochs = meta.get("epochs") or []
-        recipe = meta.get("recipe") or {}
-        name = model_name(
-            {
-                "train_method": recipe.get("method"),
-                "train_eps": recipe.get("eps"),
-                "train_norm": recipe.get("norm"),
-                "train_seed": recipe.get("seed"),
-            }
-        )
+        epochs, recipe = meta.get("epochs") or [], meta.get("recipe") or {}
+        name = model_name({f"train_{key}": recipe.get(key) for key in ("method", "norm", "eps", "seed")})
         for key, style, word in CURVES[quantity]:
             points = [(r["epoch"], r[key]) for r in epochs if key in r]
             if points:
                 drawn = True
                 axes.plot(
-                    *zip(*points, strict=True),
-                    style,
-                    marker="o",
-                    markersize=3,
-                    color=COLOURS[number % len(COLOURS)],
+                    *zip(*points, strict=True), style, marker="o", markersize=3, color=COLOURS[number % len(COLOURS)],
                     label=f"{name}, {word}",
-                )
+                )  # fmt: skip
     if not drawn:
         raise ValueError("no model has a validation record")
     axes.set(xlabel="epoch", ylabel="validation accuracy" if quantity == "accuracy" else "cross-entropy (nats)")
     axes.set_ylim(0, 1 if quantity == "accuracy" else None)
     axes.legend(frameon=False, fontsize=8)
     return render(figure, form=form)
-
-
-def _errors(records: Sequence[dict[str, Any]]) -> list[list[float]]:
-    """Distances from values to both ends of their intervals, 0 where there is none."""
-    ends: list[list[float]] = [[], []]
-    for record in records:
-        value = record["value"]
-        ends[0].append(0.0 if record.get("low") is None else max(0.0, value - record["low"]))
-        ends[1].append(0.0 if record.get("high") is None else max(0.0, record["high"] - value))
-    return ends
 
 
 def scatter(

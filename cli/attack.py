@@ -190,6 +190,7 @@ def attack(
     """
     options = dict(locals())
     _output.refuse_taken(output, no_clobber=no_clobber)
+    _check_options(options)
     radii = _radii(options)
     _output.refuse_same_file(source, output)
     part = _values.shard(shard)
@@ -216,8 +217,8 @@ def _surrogate(path: str, victim: Model, *, archs: list[str] | None, device: Any
     return model
 
 
-def _radii(options: dict[str, Any]) -> list[float]:
-    """The radii, after all options were checked."""
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse values that do not exist, and options that do not go together."""
     _values.choices(
         options, attack=NAMES, norm=_values.NORMS, loss=LOSSES, until=("broken", "end"), start=("random", "clean"), keep=KEEPS,
         last_iterate=_values.LAST_ITERATES,
@@ -234,6 +235,10 @@ def _radii(options: dict[str, Any]) -> list[float]:
     _values.block(options["block"])
     if options["target"] is not None and not options["targeted"]:
         raise Usage("--target goes with --targeted")
+
+
+def _radii(options: dict[str, Any]) -> list[float]:
+    """The radii that are asked for, each once, or the usual one of the norm."""
     texts = options["eps"] or [{"l2": "0.5", "linf": "8/255"}[options["norm"]]]
     radii = [_values.number(part, option="--eps") for text in texts for part in text.split(",")]
     if len(set(radii)) < len(radii):

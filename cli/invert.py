@@ -156,6 +156,7 @@ def invert(
     """
     options = dict(locals())
     _output.refuse_taken(output, no_clobber=no_clobber)
+    options = _filled(options)
     spec = _spec(options)
     _output.refuse_same_file(source, output)
     part = _values.shard(shard)
@@ -182,24 +183,29 @@ def invert(
             sink.write(arrays, _meta(chunk.meta, spec, options, subject, entry), last=chunk.last)
 
 
-def _spec(options: dict[str, Any]) -> Inversion:
-    from rbkit.tools.invert import STEP_SIZES, Inversion
+def _filled(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, checked, with the defaults that follow from others."""
+    from rbkit.tools.invert import STEP_SIZES
 
     _values.choices(
         options, optimizer=OPTIMIZERS, keep=KEEPS, last_iterate=_values.LAST_ITERATES, mode=MODES, objective=("ce", "logit")
     )  # fmt: skip
     _values.block(options["block"])
-    if options["step_size"] is None:
-        options["step_size"] = str(STEP_SIZES[options["optimizer"]])
-    if options["start"] is None:
-        options["start"] = "image" if options["start_from"] else "seeds" if options["seeds_from"] else "noise"
-    _values.choices(options, start=STARTS)
-    if (options["start"] == "image") != (options["start_from"] is not None):
+    size = str(STEP_SIZES[options["optimizer"]]) if options["step_size"] is None else options["step_size"]
+    usual = "image" if options["start_from"] else "seeds" if options["seeds_from"] else "noise"
+    start = usual if options["start"] is None else options["start"]
+    _values.choice(start, STARTS, option="--start")
+    if (start == "image") != (options["start_from"] is not None):
         raise Usage("--start image and --start-from FILE go together")
-    if (options["start"] == "seeds") != (options["seeds_from"] is not None) or (
-        options["seeds_from"] and options["mode"] != "class"
-    ):
+    if (start == "seeds") != (options["seeds_from"] is not None) or (start == "seeds" and options["mode"] != "class"):
         raise Usage("--start seeds and --seeds-from FILE go together, with --mode class")
+    return {**options, "step_size": size, "start": start}
+
+
+def _spec(options: dict[str, Any]) -> Inversion:
+    """What is asked for, as the tool takes it."""
+    from rbkit.tools.invert import Inversion
+
     return Inversion(
         options["mode"], layer=options["layer"], steps=options["steps"],
         step_size=_values.number(options["step_size"], option="--step-size"), eps=_values.number(options["eps"], option="--eps"),

@@ -96,6 +96,7 @@ def test_every_attack_takes_the_options_that_its_history_records(name: str) -> N
     again = (
         given | kept | {"eps": [str(kept["eps"])], "step_size": str(kept["step_size"]) if "step_size" in kept else None}
     )
+    attack._check_options(again)
     assert attack._radii(again) == [0.03] and attack._spec(again, 0.03, 8) == spec
     assert ("queries" in kept) == (name in ("square", "auto")) and ("loss" in kept) == (name in ("fgsm", "pgd"))
 

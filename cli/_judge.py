@@ -14,7 +14,7 @@ from rbkit.cli._rows import check_input, checked, load_images, watched
 
 if TYPE_CHECKING:
     from rbkit.formats.chunk import Chunk
-    from rbkit.tools.metrics import Batch
+    from rbkit.tools.batch import Batch
     from rbkit.tools.pool import Pools
 
 PREFIX, FEATURES = "score.", "features."  # of the columns of a stream of scores
@@ -188,9 +188,9 @@ def _unlabelled(chunk: Chunk) -> bool:
 
 def _batch(chunk: Chunk, evaluation: Any, run: Judge) -> Batch:
     """A chunk as what the metrics read."""
+    from rbkit.tools.attribution import Saliency
+    from rbkit.tools.batch import Batch
     from rbkit.tools.examples import as_float
-    from rbkit.tools.metrics import Batch
-    from rbkit.tools.saliency import Saliency
 
     def tensor(name: str) -> Any:
         return to_tensor(chunk.arrays[name], run.device) if name in chunk.arrays else None

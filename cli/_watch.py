@@ -7,8 +7,8 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from rbkit.cli._app import note
 from rbkit.cli._errors import Stopped, Terminated, Usage
+from rbkit.cli._log import note
 
 if TYPE_CHECKING:
     from rbkit.cli._checkpoint import Job

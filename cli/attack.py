@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rbkit.cli import _history, _input, _output, _values
-from rbkit.cli._app import note, program
+from rbkit.cli._app import program
 from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
 from rbkit.cli._errors import Input, Usage
+from rbkit.cli._log import note
 from rbkit.cli._options import (
     BLOCK,
     DOCUMENT_LIMIT,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rbkit.cli import _history, _output, _sources, _values
-from rbkit.cli._app import note, program
+from rbkit.cli._app import program
 from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._log import note
 from rbkit.cli._options import NoClobber, NoHistory, Output, Quiet, Seed, Shard
 from rbkit.cli._progress import Progress
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rbkit.cli import _input, _output
-from rbkit.cli._app import note, program
+from rbkit.cli._app import program
 from rbkit.cli._errors import CheckFailed, Failure, Input, Usage, blame
+from rbkit.cli._log import note
 from rbkit.cli._options import DOCUMENT_LIMIT, Json, MaxDocument, NoClobber, Output, Sources
 from rbkit.cli._rows import watched
 from rbkit.formats.errors import FormatError, printable

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rbkit.cli import _output, _table
-from rbkit.cli._app import note, program
+from rbkit.cli._app import program
 from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._log import note
 from rbkit.cli._options import Json, NoClobber, Quiet, Seed
 from rbkit.formats.errors import FormatError
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rbkit.cli import _history, _input, _output, _values
-from rbkit.cli._app import note, program
+from rbkit.cli._app import program
 from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
 from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._log import note
 from rbkit.cli._options import (
     BLOCK,
     DOCUMENT_LIMIT,
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     import torch
 
     from rbkit.formats.chunk import Chunk
+    from rbkit.tools.attribution import Saliency
     from rbkit.tools.models import Evaluation
-    from rbkit.tools.saliency import Saliency
 
 METHODS = (
     "gradient", "input-x-gradient", "ig", "smoothgrad", "shap", "occlusion", "grad-cam", "guided-backprop",
@@ -185,7 +186,7 @@ def saliency(
 
 
 def _spec(options: dict[str, Any]) -> Saliency:
-    from rbkit.tools.saliency import Saliency
+    from rbkit.tools.attribution import Saliency
 
     _values.choices(options, method=METHODS, explain=OUTPUTS, of=OF, baseline=BASELINES, masker=MASKERS)
     _values.block(options["block"])

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rbkit.cli import _checkpoint, _examples, _history, _input, _output, _ranks, _values
-from rbkit.cli._app import note, program
+from rbkit.cli._app import program
 from rbkit.cli._compute import load_model, set_up
 from rbkit.cli._errors import Input, Numbers, Output, Stopped, Usage, blame
+from rbkit.cli._log import note
 from rbkit.cli._options import (
     DOCUMENT_LIMIT,
     EPS_HELP,

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from toys import IDS, TARGET, C, H, K, W, convnet, evaluation, images, linear, randomise, resnet
 
+from rbkit.tools.attribution import Saliency
 from rbkit.tools.models import Classifier
-from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.saliency import explain
 
 X = images()
 

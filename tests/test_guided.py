@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from toys import IDS, TARGET, C, H, K, W, convnet, evaluation, images, linear, randomise, resnet
 
 from rbkit.tools import sanity
+from rbkit.tools.attribution import Saliency
 from rbkit.tools.batch import Batch
 from rbkit.tools.models import Classifier
-from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.saliency import explain
 
 X = images()
 NORMAL = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}

@@ -9,9 +9,10 @@ import pytest
 import torch
 from toys import IDS, TARGET, C, H, N, W, convnet, evaluation, images, linear, weights_of
 
+from rbkit.tools.attribution import Saliency
 from rbkit.tools.masking import MASKERS, blurred
 from rbkit.tools.occlusion import sides, windows
-from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.saliency import explain
 
 NET, X = convnet(), images()
 

@@ -13,6 +13,7 @@ from captum.metrics import infidelity, sensitivity_max
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from rbkit.tools.attribution import Saliency
 from rbkit.tools.batch import Batch
 from rbkit.tools.frechet import frechet
 from rbkit.tools.infidelity import SQUARES, squares
@@ -20,7 +21,7 @@ from rbkit.tools.likeness import structural_similarity
 from rbkit.tools.metrics import evaluate
 from rbkit.tools.models import Classifier
 from rbkit.tools.norms import NORMS
-from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.saliency import explain
 from rbkit.tools.sanity import layers, probes, randomised
 from rbkit.tools.stability import NOISE_DRAWS, NOISE_RADIUS
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import toys
 
-from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.attribution import Saliency
+from rbkit.tools.saliency import explain
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers, not of ours
 

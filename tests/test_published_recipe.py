@@ -19,8 +19,10 @@ from rbkit.tools.augment import resized
 from rbkit.tools.flow import polling
 from rbkit.tools.losses import cross_entropy
 from rbkit.tools.norms import L2
+from rbkit.tools.recipe import learning_rate
+from rbkit.tools.risk import Inner
 from rbkit.tools.slots import Batch
-from rbkit.tools.train import Inner, begin, fit, learning_rate
+from rbkit.tools.train import begin, fit
 
 ROWS = 40  # more than a block of 32: each block has a mean of its own
 PLAN = Plan(L2, 2.0, 8.0, 4)  # steps so long that the mean loss goes up and down

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 from toys import IDS, TARGET, C, H, K, N, W, evaluation, images, randomise
 
+from rbkit.tools.attribution import Saliency
 from rbkit.tools.models import Classifier
-from rbkit.tools.saliency import METHODS, Saliency, explain
+from rbkit.tools.saliency import METHODS, explain
 
 X, BACKGROUND = images(), images(5, seed=6)
 

@@ -12,10 +12,11 @@ import torch
 from toys import IDS, TARGET, C, H, K, N, W, convnet, evaluation, generator, images, linear, weights_of
 
 from rbkit.tools import shapley
+from rbkit.tools.attribution import Saliency
 from rbkit.tools.batch import Batch
 from rbkit.tools.masking import MASKERS, blurred
 from rbkit.tools.models import Classifier
-from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.saliency import explain
 
 NET, X, BACKGROUND = convnet(), images(), images(4, seed=6)
 METHODS = ("permutation-shap", "exact-shap")

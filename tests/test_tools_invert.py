@@ -12,7 +12,6 @@ from rbkit.tools.invert import (
     Inversion,
     class_images,
     differentiable,
-    features,
     invert,
     top_images,
     total_variation,
@@ -20,6 +19,7 @@ from rbkit.tools.invert import (
     unit_images,
     unit_objective,
 )
+from rbkit.tools.models import features_of
 from rbkit.tools.starts import RIDGE, draw_seeds, fit_seeds, grey_noise
 
 torch.set_num_threads(1)
@@ -52,9 +52,9 @@ def test_starting_from_the_image_returns_it_with_loss_zero(layer):
 def test_inversion_lowers_the_relative_distance_that_it_reports():
     evaluation, spec = toys.evaluation(NET), Inversion("representation", steps=30, step_size=0.2)
     found, loss = invert(evaluation, X, [grey()], spec, ids=IDS)
-    goal = features(evaluation, X)
-    told = (features(evaluation, found) - goal).norm(dim=1) / goal.norm(dim=1)
-    before = (features(evaluation, grey()) - goal).norm(dim=1) / goal.norm(dim=1)
+    goal = features_of(evaluation, X)
+    told = (features_of(evaluation, found) - goal).norm(dim=1) / goal.norm(dim=1)
+    before = (features_of(evaluation, grey()) - goal).norm(dim=1) / goal.norm(dim=1)
     torch.testing.assert_close(loss, told, rtol=1e-4, atol=1e-5)
     assert (loss < 0.5 * before).all()
     assert found.min() >= 0 and found.max() <= 1
@@ -69,7 +69,7 @@ def test_eps_bounds_the_distance_to_the_start():
 
 def loss_of(evaluation, images):
     """The relative latent error of tests that differentiate it by themselves."""
-    goal = features(evaluation, X)
+    goal = features_of(evaluation, X)
     return (evaluation.features(images, layer=None).flatten(1) - goal).norm(dim=1) / goal.norm(dim=1)
 
 
@@ -218,7 +218,7 @@ def test_an_open_last_relu_reaches_a_unit_that_is_silent():
 
 def test_top_images_excite_the_unit_most():
     evaluation, images = toys.evaluation(NET), toys.images(50, seed=4)
-    values = features(evaluation, images)
+    values = features_of(evaluation, images)
     units = values.std(0).topk(2).indices  # some units are silent on every image
     found = top_images(evaluation, images, units, layer=None, count=5)
     assert found.shape == (2, 5)

@@ -14,17 +14,13 @@ import toys
 from scipy import ndimage
 
 from rbkit.tools import random
+from rbkit.tools.attribution import Saliency
 from rbkit.tools.batch import Batch, reduce_channels
-from rbkit.tools.metrics import (
-    METRICS,
-    applicable,
-    chance,
-    evaluate,
-)
+from rbkit.tools.metrics import METRICS, applicable, chance, evaluate
 from rbkit.tools.norms import NORMS
 from rbkit.tools.pool import Pool
 from rbkit.tools.references import reference_maps
-from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.saliency import explain
 from rbkit.tools.stability import NOISE_DRAWS, NOISE_RADIUS
 
 torch.set_num_threads(1)

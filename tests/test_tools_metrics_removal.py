@@ -15,10 +15,11 @@ import toys
 
 from rbkit.tools import infidelity as tool
 from rbkit.tools import random, road
+from rbkit.tools.attribution import Saliency
 from rbkit.tools.batch import Batch
 from rbkit.tools.faithfulness import random_order
 from rbkit.tools.metrics import METRICS, chance, evaluate
-from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.saliency import explain
 
 torch.set_num_threads(1)
 D = toys.H * toys.W

@@ -13,10 +13,11 @@ from scipy import stats
 from torch import nn
 
 from rbkit.tools import random, saliency, sanity, stability
+from rbkit.tools.attribution import Saliency
 from rbkit.tools.batch import Batch
 from rbkit.tools.metrics import evaluate
 from rbkit.tools.models import Classifier
-from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.saliency import explain
 
 torch.set_num_threads(1)
 D = toys.H * toys.W

@@ -16,7 +16,8 @@ from rbkit.tools import frechet as tool
 from rbkit.tools.batch import Batch
 from rbkit.tools.compare import interpretability, paired
 from rbkit.tools.frechet import frechet
-from rbkit.tools.likeness import features_of, judged_features
+from rbkit.tools.likeness import judged_features
+from rbkit.tools.models import features_of
 from rbkit.tools.pool import Pool, Pools
 
 torch.set_num_threads(1)
@@ -83,7 +84,7 @@ def test_features_are_those_of_the_judge_before_its_head():
     given = Batch(model, torch.arange(toys.N), x, inverted=made, start=start, judge=judge)
     found = judged_features(given)
     for name, images in (("real", x), ("generated", made), ("start", start)):
-        assert torch.equal(found[name].double(), features_of(judge, images))
+        assert torch.equal(found[name], features_of(judge, images))
     assert set(judged_features(Batch(model, torch.arange(toys.N), x, inverted=made, judge=judge))) == {
         "real",
         "generated",

@@ -10,9 +10,10 @@ from torch import nn
 from toys import C, H, K, N, Quadratic, W, convnet, evaluation, generator, images, linear, weights_of
 
 from rbkit.tools import random
-from rbkit.tools import saliency as tool
+from rbkit.tools.attribution import OUTPUTS, Saliency
+from rbkit.tools.masking import blurred
 from rbkit.tools.models import Classifier
-from rbkit.tools.saliency import METHODS, Saliency, explain
+from rbkit.tools.saliency import METHODS, explain
 
 IDS = torch.arange(N) * 5 + 2
 TARGET = torch.arange(N) % K
@@ -49,7 +50,7 @@ BASES = {
     "black": lambda x: torch.zeros_like(x),
     "white": lambda x: torch.ones_like(x),
     "mean": lambda x: torch.tensor([0.1, 0.6, 0.9]).reshape(1, 3, 1, 1).expand_as(x),
-    "blur": tool.blurred,
+    "blur": blurred,
     "uniform": lambda x: random.uniform(IDS, (C, H, W), seed=0, purpose="baseline"),
 }
 
@@ -274,7 +275,7 @@ def test_only_whole_blocks_are_computed(method, monkeypatch):
     assert set(seen) == {32} and len(seen) <= -(-N * points // 32) + 3
 
 
-@pytest.mark.parametrize("output", tool.OUTPUTS)
+@pytest.mark.parametrize("output", OUTPUTS)
 def test_outputs_are_the_objects_they_name(output):
     """S6, in float64 by central differences along the attribution itself."""
     model, x = convnet(), images()
@@ -301,10 +302,10 @@ def test_inputs_are_left_alone(method):
 
 
 def test_blur_keeps_constants_and_means_and_spreads_a_point():
-    assert torch.allclose(tool.blurred(torch.full((2, 3, 9, 7), 0.3)), torch.full((2, 3, 9, 7), 0.3), atol=1e-6)
+    assert torch.allclose(blurred(torch.full((2, 3, 9, 7), 0.3)), torch.full((2, 3, 9, 7), 0.3), atol=1e-6)
     point = torch.zeros(1, 1, 31, 41)
     point[0, 0, 15, 20] = 1
-    found = tool.blurred(point, sigma=2.0)[0, 0]
+    found = blurred(point, sigma=2.0)[0, 0]
     assert float(found.sum()) == pytest.approx(1, abs=1e-5)
     y, x = torch.meshgrid(torch.arange(31.0) - 15, torch.arange(41.0) - 20, indexing="ij")
     for axis in (y, x):

@@ -46,12 +46,15 @@ def counted(steps: int, last_iterate: str | None) -> int:
 
 
 def climb(images: Tensor, gradient: Tensor, clean: Tensor, plan: Plan) -> Tensor:
-    """One step of steepest ascent from `images`, projected onto the ball around `clean` and into the box."""
+    """One step of steepest ascent from `images`, projected onto the ball around `clean` and into the box.
+
+    Shapes: all (N, C, H, W). Source: Madry et al. 2018, section 2.1.
+    """
     return projected(images, plan.step_size * plan.norm.step(gradient), clean, plan)
 
 
 def projected(images: Tensor, move: Tensor, clean: Tensor, plan: Plan) -> Tensor:
-    """`images` moved by `move`, back on the ball around `clean` and in the box."""
+    """`images` moved by `move`, back on the ball around `clean` and in the box; all (N, C, H, W)."""
     delta = images + move - clean
     moved = clean + plan.norm.project(delta, plan.eps)
     return moved.clamp_(0, 1) if plan.box else moved
@@ -106,7 +109,8 @@ def ascend(objective: Objective, plan: Ascent, batch: Batch, *, block: int) -> O
 
 
 def drive(objective: Objective, plan: Plan, batch: Batch) -> Tensor:
-    """The iterate after the last step, unjudged, for all rows at once: the inner problem of adversarial training.
+    """The iterate after the last step, unjudged, for all rows at once, (N, C, H, W): the inner problem of adversarial
+    training (Madry et al. 2018, equation 2.1).
 
     Where the plan keeps `batch`, the iterate of the highest mean value over the rows instead.
     """

@@ -165,7 +165,10 @@ def random_start(norm: Norm, eps: float, *, seed: int) -> Start:
 
 
 def objective(model: Callable[[Tensor], Tensor], loss: str = "ce", *, targeted: bool = False) -> Objective:
-    """The loss to raise at `context["label"]`, or (targeted) to lower at `context["target"]`."""
+    """The loss to raise at `context["label"]`, or (targeted) to lower at `context["target"]`, int64 (N,) each.
+
+    model: images (N, C, H, W) to logits (N, K). loss: a key of LOSSES.
+    """
     measure = LOSSES[loss]
 
     def untargeted_objective(images: Tensor, context: Context) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,7 @@ def values(evaluation: Evaluation, images: Tensor, target: Tensor, output: str) 
 
 
 def gradients(evaluation: Evaluation, images: Tensor, target: Tensor, output: str) -> Tensor:
-    """Gradient of the output of one padded block with respect to its images."""
+    """Gradient of the output of one padded block with respect to its images, (B, C, H, W)."""
     images = images.detach().requires_grad_()
     with torch.enable_grad():
         total = output_of(evaluation(images), target, output).sum()

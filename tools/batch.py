@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rbkit.tools.attribution import Saliency
 from rbkit.tools.models import Evaluation
-from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.saliency import explain
 
 
 @dataclass

@@ -88,7 +88,7 @@ def partial(x: Array, y: Array, held: Array, weights: Array | None = None) -> Ar
 
 
 def coefficient(kind: str, x: Array, y: Array, held: Array | None = None, weights: Array | None = None) -> Array:
-    """One of COEFFICIENTS by name. Raises: ValueError for `partial` without `held`."""
+    """One of COEFFICIENTS by name, shapes as in `pearson`. Raises: ValueError for `partial` without `held`."""
     if kind == "partial":
         if held is None:
             raise ValueError("a partial correlation needs what is held fixed")

@@ -58,7 +58,7 @@ def monotone_fit(means: Array, weights: Array, *, rises: bool) -> Array:
 
 
 def direction(means: Array, weights: Array) -> bool:
-    """Whether a rising fit leaves a smaller sum of squares than a falling one; a tie counts as rising."""
+    """Whether a rising fit leaves a smaller sum of squares than a falling one, over (K,); a tie counts as rising."""
     left = [
         float((weights * (means - monotone_fit(means, weights, rises=rises)) ** 2).sum()) for rises in (True, False)
     ]
@@ -68,7 +68,7 @@ def direction(means: Array, weights: Array) -> bool:
 def half_effect(doses: Array, fit: Array) -> float | None:
     """The smallest dose at which the fit, joined by lines, has made half of its change from first to last dose.
 
-    None where the fit is flat.
+    Shapes: (K,) each, doses rising. None where the fit is flat.
     """
     change = fit[-1] - fit[0]
     if abs(change) <= FLAT * np.abs(fit).max():

@@ -20,7 +20,7 @@ class Data:
         return len(self.label)
 
     def rows(self, index: Tensor) -> Data:
-        """The rows of `index`."""
+        """The rows of `index`, int64 or bool (M,)."""
         return Data(self.image[index], self.label[index], self.ids[index])
 
     def to(self, device: torch.device) -> Data:
@@ -29,12 +29,13 @@ class Data:
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Images as float32 in [0, 1]; uint8 is divided by 255."""
+    """Images of any shape as float32 in [0, 1]; uint8 is divided by 255."""
     return images.to(torch.float32) / 255 if images.dtype == torch.uint8 else images.to(torch.float32)
 
 
 def statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel over all pixels, in float64."""
+    """Mean and standard deviation of images (N, C, H, W) per channel over all pixels, in [0, 1]: two lists of C numbers,
+    summed in float64 and rounded to 6 places."""
     count = 0
     sums = torch.zeros(2, images.shape[1], dtype=torch.float64)
     for part in images.split(1024):

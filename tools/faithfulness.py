@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from rbkit.tools import random
 from rbkit.tools.batch import Batch
+from rbkit.tools.masking import blurred
 from rbkit.tools.models import in_blocks
-from rbkit.tools.saliency import blurred
 
 GRID = 11  # points of a flipping curve, both ends included
 
@@ -17,7 +17,7 @@ GRID = 11  # points of a flipping curve, both ends included
 def _flip_curve(batch: Batch, order: Tensor, *, insert: bool, imputation: str) -> Tensor:
     """Probability of the target while locations are removed (or inserted) in `order`, float64 (N, GRID).
 
-    order (N, H W): location indices, first to be flipped first. All channels of a location flip together (M4).
+    order (N, H W): location indices, first to be flipped first. All channels of a location flip together.
     """
     assert batch.explained is not None
     n, _, height, width = batch.explained.shape
@@ -55,7 +55,7 @@ def random_order(batch: Batch) -> Tensor:
 def order_of(batch: Batch, *, most: bool = True) -> Tensor:
     """Locations (N, H W) from the most relevant on, or from the least.
 
-    Ties are broken by the random order, so that a constant map equals it exactly (M1).
+    Ties are broken by the random order, so that a constant map equals it exactly.
     """
     shuffle = random_order(batch)
     maps = batch.maps.flatten(1).gather(1, shuffle)
@@ -69,7 +69,7 @@ def rank_of(order: Tensor) -> Tensor:
 
 
 def probability(batch: Batch, images: Tensor, rows: Tensor) -> Tensor:
-    """Probability of the targets of `rows` on one padded block of images, float64."""
+    """Probability of the targets of `rows` on one padded block of images, float64 (B,)."""
     assert batch.target is not None
     with torch.no_grad():
         scores = F.softmax(batch.evaluation(images).double(), dim=1)
@@ -84,7 +84,7 @@ def _fill(batch: Batch, imputation: str) -> Tensor:
 
 
 def _flipping(batch: Batch, *, insert: bool, imputation: str) -> Tensor:
-    """Area under the curve minus that of a random order on the same image and model (M3)."""
+    """Area under the curve minus that of a random order on the same image and model."""
 
     def area(order: Tensor) -> Tensor:
         return _area(_flip_curve(batch, order, insert=insert, imputation=imputation))
@@ -104,12 +104,12 @@ def deletion(batch: Batch) -> Tensor:
 
 
 def insertion_mean(batch: Batch) -> Tensor:
-    """Insertion into the mean colour: the second imputation (M2)."""
+    """Insertion into the mean colour: the second imputation."""
     return _flipping(batch, insert=True, imputation="mean")
 
 
 def deletion_mean(batch: Batch) -> Tensor:
-    """Deletion to the mean colour: the second imputation (M2)."""
+    """Deletion to the mean colour: the second imputation."""
     return _flipping(batch, insert=False, imputation="mean")
 
 

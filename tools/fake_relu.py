@@ -37,7 +37,7 @@ class FakeReLU(nn.Module):
 def fake_last_relu(evaluation: Evaluation, images: Tensor) -> Evaluation:
     """A copy whose last ReLU lets gradients through; `images` (one block) show which ReLU runs last.
 
-    Raises: ValueError for a network without ReLU modules.
+    Shapes: images (B, C, H, W). Raises: ValueError for a network without ReLU modules.
     """
     changed = copy.deepcopy(evaluation)
     order: list[str] = []

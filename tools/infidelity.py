@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from rbkit.tools import random
+from rbkit.tools.attribution import output_of, values
 from rbkit.tools.batch import Batch, defined
 from rbkit.tools.models import in_blocks
 from rbkit.tools.rowwise import TINY, correlation
-from rbkit.tools.saliency import output_of, values
 
 # They say how the output changes per pixel value; other methods, by how much.
 GRADIENTS = ("gradient", "smoothgrad", "guided-backprop")
@@ -106,7 +106,7 @@ def infidelity_scaled(batch: Batch) -> Tensor:
 def sensitivity_n(batch: Batch) -> Tensor:
     """Correlation, over random sets of n locations, of summed contributions and change of output (Ancona et al. 2018).
 
-    The mean over n of 1/32, 1/8 and 1/2 of the locations, per example (M13); sizes at which either side is constant
+    The mean over n of 1/32, 1/8 and 1/2 of the locations, per example; sizes at which either side is constant
     do not count.
     """
     assert batch.explained is not None

@@ -15,7 +15,7 @@ from rbkit.tools.adam import Adam
 from rbkit.tools.ascend import Plan, ascend, counted
 from rbkit.tools.fake_relu import fake_last_relu
 from rbkit.tools.losses import LOSSES
-from rbkit.tools.models import Evaluation, in_blocks
+from rbkit.tools.models import Evaluation, features_of, in_blocks
 from rbkit.tools.norms import L2
 from rbkit.tools.slots import Batch, Context, Objective, Outcome
 
@@ -70,12 +70,6 @@ def smoothed(objective: Objective, *, tv: float) -> Objective:
         return value - tv * total_variation(images), reached
 
     return measure
-
-
-def features(evaluation: Evaluation, images: Tensor, *, layer: str | None = None) -> Tensor:
-    """Activations of any number of images, (N, D), in padded blocks and without gradients."""
-    with torch.no_grad():
-        return in_blocks(lambda x: evaluation.features(x, layer=layer).flatten(1), images, block=evaluation.block)
 
 
 def _never(images: Tensor) -> Tensor:
@@ -149,9 +143,9 @@ def invert(
 ) -> tuple[Tensor, Tensor]:
     """Images whose representation is that of `images`: (inverted (N, C, H, W), relative latent error (N,)).
 
-    starts: one (N, C, H, W) per restart. Starting from the images themselves returns them with loss 0 (I3).
+    starts: one (N, C, H, W) per restart. Starting from the images themselves returns them with loss 0.
     """
-    goal = features(evaluation, images, layer=spec.layer)
+    goal = features_of(evaluation, images, layer=spec.layer)
     through = differentiable(evaluation, spec, images)
     objective = representation_objective(through, layer=spec.layer)
     outcome = _best_of(objective, spec, ids, starts, {"goal": goal}, evaluation.block)

@@ -7,14 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rbkit.tools.batch import Batch, defined
-from rbkit.tools.models import Evaluation, in_blocks
-from rbkit.tools.saliency import blurred
-
-
-def features_of(evaluation: Evaluation, images: Tensor) -> Tensor:
-    """Features before the head, (N, D) float64."""
-    with torch.no_grad():
-        return in_blocks(lambda x: evaluation.features(x).flatten(1), images, block=evaluation.block).double()
+from rbkit.tools.masking import blurred
+from rbkit.tools.models import features_of
 
 
 def judged_features(batch: Batch) -> dict[str, Tensor]:
@@ -26,13 +20,11 @@ def judged_features(batch: Batch) -> dict[str, Tensor]:
 
 
 def latent_error(batch: Batch) -> Tensor:
-    """|R(inverted) - R(image)| / |R(image)| in the features before the head, per example (I1)."""
+    """|R(inverted) - R(image)| / |R(image)| in the features before the head, per example."""
     assert batch.inverted is not None
-    goal = features_of(batch.evaluation, batch.image)
+    goal, found = (features_of(batch.evaluation, x).double() for x in (batch.image, batch.inverted))
     size = goal.norm(dim=1)
-    return defined(
-        size > 0, (features_of(batch.evaluation, batch.inverted) - goal).norm(dim=1) / size.clamp_min(1e-300)
-    )
+    return defined(size > 0, (found - goal).norm(dim=1) / size.clamp_min(1e-300))
 
 
 def pixel_error(batch: Batch) -> Tensor:
@@ -48,9 +40,9 @@ def low_frequency_error(batch: Batch) -> Tensor:
 
 
 def feature_distance(batch: Batch) -> Tensor:
-    """Euclidean distance to the image in the judge model's features before the head, per example (I4)."""
+    """Euclidean distance to the image in the judge model's features before the head, per example."""
     assert batch.inverted is not None and batch.judge is not None
-    first, second = (features_of(batch.judge, x) for x in (batch.inverted, batch.image))
+    first, second = (features_of(batch.judge, x).double() for x in (batch.inverted, batch.image))
     return (first - second).norm(dim=1)
 
 
@@ -84,7 +76,7 @@ def ssim(batch: Batch) -> Tensor:
 
 
 def judge_accuracy(batch: Batch) -> Tensor:
-    """1 where an independent model sees the label in the inverted or generated image (I9)."""
+    """1 where an independent model sees the label in the inverted or generated image."""
     assert batch.inverted is not None and batch.judge is not None and batch.label is not None
     return (batch.judge.logits(batch.inverted).argmax(1) == batch.label).double()
 

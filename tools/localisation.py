@@ -15,7 +15,7 @@ def _usable_mask(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def relevance_mass(batch: Batch) -> Tensor:
-    """Share of the positive relevance inside the mask (Arras et al. 2022); NaN without positive relevance (M8)."""
+    """Share of the positive relevance inside the mask (Arras et al. 2022); NaN without positive relevance."""
     inside, valid = _usable_mask(batch)
     positive = batch.maps.flatten(1).double().clamp_min(0)
     total = positive.sum(1)
@@ -35,7 +35,7 @@ def relevance_rank(batch: Batch) -> Tensor:
 
 
 def pointing_game(batch: Batch) -> Tensor:
-    """Whether the highest location lies in the mask (Zhang et al. 2018); ties count in part, empty masks not (M7)."""
+    """Whether the highest location lies in the mask (Zhang et al. 2018); ties count in part, empty masks not."""
     inside, valid = _usable_mask(batch)
     maps = batch.maps.flatten(1)
     highest = maps == maps.amax(1, keepdim=True)

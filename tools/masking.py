@@ -16,7 +16,8 @@ BLUR_SIGMA = 4.0  # pixels
 
 
 def blurred(images: Tensor, sigma: float = BLUR_SIGMA) -> Tensor:
-    """Gaussian blur per channel with reflected borders (the kernel is cut at the image's own size)."""
+    """Gaussian blur of images (N, C, H, W) per channel with reflected borders; sigma in pixels, the kernel cut at 3 sigma
+    and at the image's own size."""
     for axis in (2, 3):
         radius = min(int(3 * sigma + 0.5), images.shape[axis] - 1)
         offset = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)

@@ -130,11 +130,12 @@ class Evaluation(nn.Module):
         return torch.cat([self(part)[:count] for part, count in self.blocks(images)])
 
     def blocks(self, images: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Padded blocks and how many of their rows are real; at least one block, also of no rows."""
+        """Padded blocks (block, C, H, W) and how many of their rows are real; at least one block, also of no rows."""
         return padded(images, self.block)
 
     def features(self, images: Tensor, *, layer: str | None = None) -> Tensor:
-        """Activations of one padded block: the input of the head, or the output of the module named `layer`."""
+        """Activations (B, D, ...) of one padded block (B, C, H, W): the input of the head, or the output of the module
+        named `layer`."""
         found: list[Tensor] = []
         if layer is None:
             head = self.model.net.get_submodule(head_name(self.model.net))
@@ -158,7 +159,7 @@ class Evaluation(nn.Module):
 
 
 def padded(images: Tensor, block: int) -> Iterator[tuple[Tensor, int]]:
-    """Blocks of exactly `block` rows, the last filled up with its first row, and the number of real rows."""
+    """Blocks (block, ...) of a tensor (N, ...), the last filled up with its first row, and how many rows of each are real."""
     for start in range(0, max(len(images), 1), block):
         part = images[start : start + block]
         count = len(part)
@@ -169,9 +170,15 @@ def padded(images: Tensor, block: int) -> Iterator[tuple[Tensor, int]]:
 
 
 def in_blocks(function: Callable[..., Tensor], *tensors: Tensor, block: int) -> Tensor:
-    """`function` over padded blocks of tensors that share their first dimension; its rows are joined again."""
+    """`function` over padded blocks (block, ...) of tensors (N, ...); its rows are joined again, (N, ...)."""
     parts = [padded(t, block) for t in tensors]
     return torch.cat([function(*(p for p, _ in row))[: row[0][1]] for row in zip(*parts, strict=True)])
+
+
+def features_of(evaluation: Evaluation, images: Tensor, *, layer: str | None = None) -> Tensor:
+    """Activations of any number of images, (N, D), in padded blocks and without gradients (see `Evaluation.features`)."""
+    with torch.no_grad():
+        return in_blocks(lambda x: evaluation.features(x, layer=layer).flatten(1), images, block=evaluation.block)
 
 
 def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:

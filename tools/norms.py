@@ -56,7 +56,7 @@ def l2_project(delta: Tensor, eps: float) -> Tensor:
 
 
 def l2_start(ids: Tensor, shape: tuple[int, ...], eps: float, *, seed: int, draw: int | Tensor = 0) -> Tensor:
-    """Uniform in the ball: a uniform direction, radius eps u**(1/d)."""
+    """Uniform in the ball, (N, *shape): a uniform direction, radius eps u**(1/d) with d entries and u uniform in [0, 1)."""
     direction = l2_step(random.normal(ids, shape, seed=seed, purpose="start l2", draw=draw))
     u = random.uniform(ids, (1,), seed=seed, purpose="start radius", draw=draw)[:, 0]
     return direction * per_row(eps * u ** (1.0 / math.prod(shape)))
@@ -73,7 +73,7 @@ def linf_project(delta: Tensor, eps: float) -> Tensor:
 
 
 def linf_start(ids: Tensor, shape: tuple[int, ...], eps: float, *, seed: int, draw: int | Tensor = 0) -> Tensor:
-    """Uniform in [-eps, eps] per coordinate."""
+    """Uniform in [-eps, eps] per coordinate, (N, *shape)."""
     return (2 * random.uniform(ids, shape, seed=seed, purpose="start linf", draw=draw) - 1) * eps
 
 

@@ -40,7 +40,7 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[An
 
 
 def uniform_rows(ids: np.ndarray, *, seed: int, purpose: str) -> np.ndarray:
-    """One uniform number in [0, 1) per id, float64 with 53 bits; the numpy side for commands without torch."""
+    """One uniform number in [0, 1) per id, float64 (N,) with 53 bits; the numpy side for commands without torch."""
     with np.errstate(over="ignore"):
         zero = np.zeros_like(ids)
         w0, w1, _, _ = philox((zero, zero, ids & MASK, (ids >> 32) & MASK), key_of(seed, purpose))

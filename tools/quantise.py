@@ -38,7 +38,7 @@ def _shrink(nearest: Tensor, inward: Tensor, origin: Tensor, radius: float) -> T
 
 
 def leaves_ball(adversarial: Tensor, clean: Tensor, *, norm: str, eps: float) -> Tensor:
-    """Rows outside the ball or the box by more than rounding (A1), bool (N,), measured in float64."""
+    """Rows outside the ball or the box by more than rounding, bool (N,), measured in float64."""
     delta = adversarial.double() - clean.double()
     size = NORMS[norm].size(delta)
     outside = (adversarial < 0) | (adversarial > 1)

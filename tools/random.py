@@ -53,7 +53,7 @@ def integers(ids: Tensor, high: int, *, seed: int, purpose: str, draw: int | Ten
 
 
 def permutation(count: int, *, seed: int, purpose: str, draw: int = 0) -> Tensor:
-    """A permutation of range(count) as a function of (seed, purpose, draw)."""
+    """A permutation of range(count), int64 (count,), as a function of (seed, purpose, draw)."""
     ids = torch.arange(count)
     bits = words(ids, 2, seed=seed, purpose=purpose, draw=draw)
     return torch.argsort((bits[:, 0] << 31) | (bits[:, 1] >> 1), stable=True)

@@ -62,7 +62,7 @@ class Recipe:
 
 
 def learning_rate(recipe: Recipe, step: int, total: int) -> float:
-    """The learning rate of `step` (from 0) of `total`; 0 is reached after the last step (T4), unless the schedule is longer."""
+    """The learning rate of `step` (from 0) of `total`; 0 is reached after the last step, unless the schedule is longer."""
     done = step / total * (recipe.epochs / (recipe.schedule_epochs or recipe.epochs))
     if recipe.schedule == "constant":
         return recipe.lr

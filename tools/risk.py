@@ -80,6 +80,7 @@ def noisy(images: Tensor, data: Data, recipe: Recipe, *, epoch: int) -> Tensor:
 def penalised(classifier: Classifier, images: Tensor, label: Tensor, *, weight: float) -> tuple[Tensor, Tensor]:
     """(mean cross-entropy plus `weight` times the mean squared L2 norm of its input gradient, logits).
 
+    Shapes: images (N, C, H, W), label (N,); a scalar and (N, K).
     Source: Drucker and Le Cun 1992; Ross and Doshi-Velez 2018, equation 4, without the log.
     """
     images = images.detach().requires_grad_()
@@ -92,7 +93,10 @@ def penalised(classifier: Classifier, images: Tensor, label: Tensor, *, weight: 
 def loss_of(
     classifier: Classifier, inner: Inner | None, images: Tensor, data: Data, recipe: Recipe, *, epoch: int, done: float
 ) -> tuple[Tensor, Tensor]:
-    """(mean loss, logits on what was trained on) of one batch."""
+    """(mean loss, logits on what was trained on) of one batch, by the method of the recipe.
+
+    Shapes: images (N, C, H, W); a scalar and (N, K). done: the share of all steps that is behind.
+    """
     if recipe.method == "gradient-penalty":
         return penalised(classifier, images, data.label, weight=recipe.beta)
     if inner is None:

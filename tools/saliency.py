@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from rbkit.tools import random
-from rbkit.tools.attribution import OUTPUTS as OUTPUTS
 from rbkit.tools.attribution import Explained, Saliency, accumulated, output_of, values
 from rbkit.tools.gradcam import grad_cam
 from rbkit.tools.guided import guided_backprop
-from rbkit.tools.masking import blurred as blurred
 from rbkit.tools.masking import filler
 from rbkit.tools.models import Evaluation
 from rbkit.tools.norms import per_row

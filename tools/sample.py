@@ -10,7 +10,7 @@ VALIDATION = 0.1
 
 
 def nested_sample(total: int, count: int | None, *, seed: int) -> np.ndarray:
-    """`count` of `total` indices in rising order; a smaller sample lies within a larger one of the same seed.
+    """`count` of `total` indices in rising order, int64 (count,); None: all of them. A smaller sample lies within a larger one of the same seed.
 
     Raises: ValueError when more rows are asked for than there are.
     """

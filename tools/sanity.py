@@ -127,7 +127,7 @@ def randomisation_ssim(batch: Batch) -> Tensor:
 
 def randomisation_floor(batch: Batch) -> Tensor:
     """Spearman's correlation of the absolute maps of two models of random weights: what image and network alone explain,
-    the floor of randomisation (M10)."""
+    the floor of randomisation."""
     assert batch.explained is not None
     shape = tuple(batch.explained.shape[1:])
     other = batch.explain_again(batch.explained, evaluation=randomised(batch.evaluation, shape, draw=1))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rbkit.tools import alignment, attack, batch, faithfulness, flow, localisation, saliency, slots, stages
+from rbkit.tools import alignment, attack, attribution, batch, faithfulness, flow, localisation, saliency, slots, stages
 from rbkit.tools.models import Classifier, Evaluation
 
 TOLERANCE = 1e-5
@@ -114,7 +114,7 @@ def _integrated_gradients() -> float:
     factors, images = _draw(2, 2, *SHAPE), _images()
     evaluation = Evaluation(Classifier(_Quadratic(factors), mean=[0.0] * 3, std=[1.0] * 3), block=32)
     target = torch.tensor([0, 1, 1, 0])
-    spec = saliency.Saliency("ig")
+    spec = attribution.Saliency("ig")
     made = saliency.integrated_gradients(evaluation, images, target, spec, ids=torch.arange(4))
     assert made.completeness_error is not None
     return max(_largest(made.attribution, factors[target] * images**2), made.completeness_error.max().item())
@@ -124,7 +124,7 @@ def _shapley() -> float:
     """w (x - b) on a linear model with one background image b (Lundberg and Lee 2017, Corollary 1)."""
     evaluation, weights = _linear()
     images, base, target = _images(), _draw(3, 1, *SHAPE), torch.tensor([0, 1, 1, 0])
-    spec = saliency.Saliency("shap")
+    spec = attribution.Saliency("shap")
     made = saliency.expected_gradients(evaluation, images, target, spec, ids=torch.arange(4), background=base)
     return _largest(made.attribution, weights[target] * (images - base))
 

@@ -7,11 +7,11 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from rbkit.tools.attribution import output_of
 from rbkit.tools.batch import Batch, defined, reduce_channels
 from rbkit.tools.infidelity import GRADIENTS
 from rbkit.tools.models import Evaluation, in_blocks
 from rbkit.tools.norms import NORMS
-from rbkit.tools.saliency import output_of
 
 NOISE_RADIUS = 0.02  # Linf, in [0, 1] pixels: the same for all models, and for the attack
 NOISE_DRAWS = 2
@@ -41,7 +41,7 @@ def _predicted(batch: Batch, images: Tensor) -> Tensor:
 def max_sensitivity(batch: Batch) -> Tensor:
     """Largest relative change of the attribution among noisy copies that keep the prediction (Yeh et al. 2019, eq. 3).
 
-    Noise is uniform in a Linf ball of 0.02; an example of which no copy keeps its prediction has none (M6).
+    Noise is uniform in a Linf ball of 0.02; an example of which no copy keeps its prediction has none.
     """
     assert batch.explained is not None
     if "noise" not in batch.own:

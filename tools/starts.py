@@ -18,7 +18,7 @@ RIDGE = 1e-4  # added to the seeds' covariance
 
 
 def grey_noise(ids: Tensor, shape: tuple[int, ...], *, seed: int, draw: int = 0) -> Tensor:
-    """The paper's grey start: 0.5 plus uniform noise of width 1/20, keyed by id."""
+    """The paper's grey start (N, *shape): 0.5 plus uniform noise in [0, 1/20), in [0, 1] pixels, keyed by id."""
     return 0.5 + random.uniform(ids, shape, seed=seed, purpose="grey noise", draw=draw) / 20
 
 

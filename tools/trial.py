@@ -32,7 +32,7 @@ class Sample:
     target: Tensor | None = None
 
     def take(self, rows: Tensor) -> Sample:
-        """Some rows, by index or mask."""
+        """Some rows, by int64 indices or a bool mask."""
         target = None if self.target is None else self.target[rows]
         return Sample(self.ids[rows], self.clean[rows], self.stored[rows], self.label[rows], target)
 
@@ -101,7 +101,7 @@ class Trial:
         return 1.0 if self.norm == "linf" else math.sqrt(self.rows.clean[0].numel() if len(self.rows.ids) else 1)
 
     def broken(self, plan: Plan, *, scale: float = 1.0) -> Tensor:
-        """Rows that an attack by gradients of the cross-entropy breaks."""
+        """Rows that an attack by gradients of the cross-entropy breaks; `scale` multiplies the logits."""
         if not len(self.rows.ids):
             return self.stored
         batch = Batch(self.rows.ids, self.rows.clean, self.rows.context)

@@ -146,7 +146,7 @@ def _map_section(study: Study, folder: Folder | None) -> list[str]:
 def control_section(records: list[dict[str, Any]]) -> list[str]:
     """Whether each metric tells a model that leans on a planted cue from one that does not."""
     from rbkit.formats import html
-    from rbkit.tools.compare import control_failings, swap_losses, validated
+    from rbkit.tools.control import control_failings, swap_losses, validated
 
     if not records:
         return []

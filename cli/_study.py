@@ -38,7 +38,7 @@ class Study:
 
     def _read(self, name: str) -> None:
         from rbkit.formats.table import read_records
-        from rbkit.tools.compare import is_cued
+        from rbkit.tools.control import is_cued
 
         with blame(Input, FormatError, OSError):
             found = read_records(Path(name))

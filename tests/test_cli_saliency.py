@@ -60,10 +60,10 @@ def maps(tmp_path_factory: pytest.TempPathFactory, stream_file: Path, model_file
 
 
 def test_the_command_offers_what_the_tools_have() -> None:
-    from rbkit.tools import attribution, masking, saliency
+    from rbkit.tools import attribution, integrated_gradients, masking, saliency
 
     assert tuple(saliency.METHODS) == command.METHODS
-    assert (attribution.OUTPUTS, saliency.BASELINES) == (command.OUTPUTS, command.BASELINES)
+    assert (attribution.OUTPUTS, integrated_gradients.BASELINES) == (command.OUTPUTS, command.BASELINES)
     assert masking.MASKERS == command.MASKERS
 
 

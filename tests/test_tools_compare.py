@@ -4,18 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rbkit.tools.compare import (
-    accuracies,
-    by_metric,
-    control_failings,
-    failings,
-    interpretability,
-    is_standard,
-    paired,
-    separated,
-    swap_losses,
-    validated,
-)
+from rbkit.tools.compare import accuracies, by_metric, failings, interpretability, is_standard, paired, separated
+from rbkit.tools.control import control_failings, swap_losses, validated
 
 
 def record(metric, value, *, robust=False, half=0.01, better="higher", kind="attributions", **more):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rbkit.tools import alignment, attack, faithfulness, localisation, saliency, selftest
+from rbkit.tools import alignment, attack, faithfulness, integrated_gradients, localisation, saliency, selftest
 
 
 def failing() -> set[str]:
@@ -37,17 +37,18 @@ def test_a_scaled_metric_fails_its_oracle(monkeypatch, module, name, oracle) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "oracle"), [("integrated_gradients", "ig-quadratic"), ("expected_gradients", "shap-linear")]
+    ("module", "name", "oracle"),
+    [(integrated_gradients, "integrated_gradients", "ig-quadratic"), (saliency, "expected_gradients", "shap-linear")],
 )
-def test_a_scaled_attribution_fails_its_oracle(monkeypatch, name, oracle) -> None:
-    true = getattr(saliency, name)
+def test_a_scaled_attribution_fails_its_oracle(monkeypatch, module, name, oracle) -> None:
+    true = getattr(module, name)
 
     def scaled(*args, **options):
         made = true(*args, **options)
         made.attribution = made.attribution * 1.001
         return made
 
-    monkeypatch.setattr(saliency, name, scaled)
+    monkeypatch.setattr(module, name, scaled)
     assert failing() == {oracle}
 
 

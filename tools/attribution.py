@@ -19,7 +19,7 @@ class Saliency:
     """Parameters of an attribution, as recorded.
 
     output: what is explained, of the `target` class. steps: points of a path; samples: noise draws or background
-    images. sigma: SmoothGrad's noise, in [0, 1] pixels. baseline: a key of BASELINES; `baselines` uniform draws are
+    images. sigma: SmoothGrad's noise, in [0, 1] pixels. baseline: one of BASELINES; `baselines` uniform draws are
     averaged. tolerance: refine steps until the completeness error is below it times the change of output.
     masker: what hidden pixels take, a key of MASKERS. window, stride: side and step of the square that occlusion moves,
     in pixels (None: a quarter of the shorter side, half of the window). layer: whose feature map grad-cam takes (None:

@@ -151,7 +151,7 @@ class Pool:
         return record
 
     def _agreement(self, name: str, columns: dict[str, Tensor]) -> dict[str, Any] | None:
-        """Rank correlation over examples between two imputations of the same curve (trap M2)."""
+        """Rank correlation over examples between two imputations of the same curve."""
         pair = AGREEMENTS[name]
         if not set(pair) <= set(columns):
             return None
@@ -208,7 +208,7 @@ class Pools:
         ]
 
     def _worst(self) -> list[Pool]:
-        """The pointwise worst case over attacks on the same model, norm and eps (trap A12)."""
+        """The pointwise worst case over attacks on the same model, norm and eps."""
         families: dict[str, list[Pool]] = {}
         for pool in self.pools.values():
             if "robust_accuracy" in pool.columns:

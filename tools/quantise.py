@@ -1,4 +1,4 @@
-"""Eight-bit images that stay inside the ball: rounding to nearest, corrected where it would leave (trap A16)."""
+"""Eight-bit images that stay inside the ball: rounding to nearest, corrected where it would leave."""
 
 from __future__ import annotations
 

@@ -8,7 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rbkit.tools import alignment, attack, attribution, batch, faithfulness, flow, localisation, saliency, slots, stages
+from rbkit.tools import (
+    alignment,
+    attack,
+    attribution,
+    batch,
+    faithfulness,
+    flow,
+    integrated_gradients,
+    localisation,
+    saliency,
+    slots,
+    stages,
+)
 from rbkit.tools.models import Classifier, Evaluation
 
 TOLERANCE = 1e-5
@@ -115,7 +127,7 @@ def _integrated_gradients() -> float:
     evaluation = Evaluation(Classifier(_Quadratic(factors), mean=[0.0] * 3, std=[1.0] * 3), block=32)
     target = torch.tensor([0, 1, 1, 0])
     spec = attribution.Saliency("ig")
-    made = saliency.integrated_gradients(evaluation, images, target, spec, ids=torch.arange(4))
+    made = integrated_gradients.integrated_gradients(evaluation, images, target, spec, ids=torch.arange(4))
     assert made.completeness_error is not None
     return max(_largest(made.attribution, factors[target] * images**2), made.completeness_error.max().item())
 

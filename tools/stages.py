@@ -44,7 +44,7 @@ class _Tag:
 
 def run(
     evaluation: Evaluation, spec: Attack, poll: Poll, *, refill: bool = True, judge: Evaluation | None = None
-) -> Iterator[tuple[object, Attacked]]:
+) -> Iterator[tuple[Any, Attacked]]:
     """Attack batches as they come; yields (tag of the batch, result) in order, rows refilled across ready batches.
 
     With a `judge`, images are made on `evaluation`, always to the end, and success is what the judge says.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rbkit.cli import __version__
 from rbkit.cli._options import UNRECORDED
+
+POSITIONAL = {"kind"}  # parameters that stand on the command line without their name
 
 
 def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,3 +66,34 @@ def broken_link(history: Any) -> str | None:
             return f"entry {number} does not follow entry {number - 1}"
         before = [str(known["id"])]
     return None
+
+
+def command(step: dict[str, Any]) -> str:
+    """The shell line of a history entry; inputs and outputs are named by the caller."""
+    words = [str(step.get("tool"))]
+    params = dict(step.get("params") or {})
+    words += [shlex.quote(str(params.pop(name))) for name in sorted(POSITIONAL & set(params))]
+    if step.get("seed") is not None:
+        params["seed"] = step["seed"]
+    for name, value in sorted(params.items()):
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [flag] if value else []
+        elif isinstance(value, list):
+            words += [part for item in value for part in (flag, shlex.quote(str(item)))]
+        else:
+            words += [flag, shlex.quote(str(value))]
+    return " ".join(words)
+
+
+def replay_lines(history: list[dict[str, Any]]) -> str:
+    """A history as a pipeline; models and side files appear as variables named after their digests."""
+    lines = []
+    for step in history:
+        line = command(step)
+        if step.get("model"):
+            line += f' -m "$MODEL_{step["model"][:8]}"'
+        for option, sha in sorted((step.get("inputs") or {}).items()):
+            line += f' --{option.replace("_", "-")} "$INPUT_{sha[:8]}"'
+        lines.append(line)
+    return " |\n    ".join(lines)

@@ -251,7 +251,7 @@ def _about(chunk: Chunk, model: Model, batch: Batch, judge: str | None) -> dict[
 
 def _lines(chunk: Chunk, model: Model, batch: Batch, columns: dict[str, Any]) -> list[dict[str, Any]]:
     """A record per example: what the picture is called and taken for, and its values."""
-    from rbkit.formats.folder import decode_names
+    from rbkit.formats.names import decode_names
     from rbkit.tools.statistics import finite_or_none
 
     names = decode_names(chunk.arrays["name"]) if "name" in chunk.arrays else [None] * chunk.count

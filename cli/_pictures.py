@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rbkit.cli import _output
 from rbkit.cli._errors import Output, Usage, blame
 from rbkit.formats import png, sheet
-from rbkit.formats.folder import decode_names
+from rbkit.formats.names import decode_names
 
 if TYPE_CHECKING:
     import numpy as np

@@ -116,13 +116,14 @@ def _imagenet_subset(options: dict[str, Any]) -> DataSet:
     import numpy as np
 
     from rbkit.formats import folder
+    from rbkit.formats.names import path_ids
     from rbkit.tools.sample import drawn, splits
 
     seed, split, counts = options["seed"], options["split"], _values.counts(options["per_class"], option="--per-class")
     root = folder.class_root(_folder(options))
     known = folder.class_folders(root)
     with blame(Input, ValueError, prefix=f"{root}: "):
-        chosen = drawn(folder.path_ids(known), options["classes"], seed=seed, purpose="classes")
+        chosen = drawn(path_ids(known), options["classes"], seed=seed, purpose="classes")
     classes = [known[i] for i in chosen.tolist()]
     wanted = ("train", "val") if split == "trainval" else (split,)
     names: list[str] = []
@@ -130,7 +131,7 @@ def _imagenet_subset(options: dict[str, Any]) -> DataSet:
     for label, class_ in enumerate(classes):
         pictures = folder.pictures_of(root, class_)
         with blame(Input, ValueError, prefix=f"{root / class_}: "):
-            parts = splits(folder.path_ids(pictures), counts, seed=seed)
+            parts = splits(path_ids(pictures), counts, seed=seed)
         rows = np.sort(np.concatenate([parts[name] for name in wanted]))
         names += [pictures[i] for i in rows.tolist()]
         labels += [label] * len(rows)
@@ -152,7 +153,8 @@ class Manifest:
 
     def add(self, names: np.ndarray) -> None:
         """The files of more rows; names uint8 (N, longest)."""
-        from rbkit.formats.folder import decode_names, digest_line
+        from rbkit.formats.folder import digest_line
+        from rbkit.formats.names import decode_names
 
         self.lines += [digest_line(self.root, name) for name in decode_names(names)]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _input, _output
+from rbkit.cli import _history, _input, _output
 from rbkit.cli._app import program
 from rbkit.cli._errors import CheckFailed, Failure, Input, Usage, blame
 from rbkit.cli._log import note
@@ -138,7 +138,7 @@ def _describe(name: str, max_document: int, json_: bool) -> None:
             if key not in ("file", "rows", "tensors", "kind", "history"):
                 _output.print_line(f"  {key}: {printable(canonical(value), limit=160)}")
         for entry in record.get("history") or []:
-            _output.print_line(f"  history: {printable(_command(entry), limit=400)}")
+            _output.print_line(f"  history: {printable(_history.command(entry), limit=400)}")
 
 
 def _range(tensor: dict[str, Any]) -> str:
@@ -147,49 +147,13 @@ def _range(tensor: dict[str, Any]) -> str:
     return f"{tensor['low']:.6g} to {tensor['high']:.6g}" if not isinstance(tensor["low"], str) else "not finite"
 
 
-POSITIONAL = {"kind"}
-
-
-def _command(entry: dict[str, Any]) -> str:
-    """The shell line of a history entry; inputs and outputs are named by the caller."""
-    import shlex
-
-    words = [str(entry.get("tool"))]
-    params = dict(entry.get("params") or {})
-    words += [shlex.quote(str(params.pop(name))) for name in sorted(POSITIONAL & set(params))]
-    if entry.get("seed") is not None:
-        params["seed"] = entry["seed"]
-    for name, value in sorted(params.items()):
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            words += [flag] if value else []
-        elif isinstance(value, list):
-            words += [part for item in value for part in (flag, shlex.quote(str(item)))]
-        else:
-            words += [flag, shlex.quote(str(value))]
-    return " ".join(words)
-
-
-def replay_lines(history: list[dict[str, Any]]) -> str:
-    """A history as a pipeline; models and side files appear as variables named after their digests."""
-    steps = []
-    for entry in history:
-        line = _command(entry)
-        if entry.get("model"):
-            line += f' -m "$MODEL_{entry["model"][:8]}"'
-        for option, sha in sorted((entry.get("inputs") or {}).items()):
-            line += f' --{option.replace("_", "-")} "$INPUT_{sha[:8]}"'
-        steps.append(line)
-    return " |\n    ".join(steps)
-
-
 def _replay(name: str, max_document: int) -> None:
     """A pipeline per stream: the tools of its history in order."""
     for summary in _summaries(name, max_document):
         history = summary.meta.get("history") or []
         if not history:
             raise Input(f"{name}: has no history; was it made with --no-history?")
-        _output.print_line(replay_lines(history))
+        _output.print_line(_history.replay_lines(history))
 
 
 def _join(names: list[str], output: str, max_document: int, *, no_clobber: bool) -> None:

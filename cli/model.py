@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +13,6 @@ from rbkit.cli._compute import model_chunk, model_sha
 from rbkit.cli._errors import Input, Usage, blame
 from rbkit.cli._options import Json, NoClobber, NoHistory, Output
 from rbkit.formats.errors import FormatError, printable
-
-if TYPE_CHECKING:
-    pass
 
 ACTIONS = ("import", "export", "show")
 

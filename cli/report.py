@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rbkit.cli import _link_page, _output, _pair_page, _published_page, _values
+from rbkit.cli import _history, _link_page, _output, _pair_page, _published_page, _values
 from rbkit.cli._app import program
 from rbkit.cli._errors import CheckFailed, Input, Usage, blame
 from rbkit.cli._options import NoClobber, Quiet
@@ -190,12 +190,11 @@ def _sheet_options(name: str) -> str:
 
 
 def _made_section(study: Study) -> list[str]:
-    from rbkit.cli.info import replay_lines
     from rbkit.formats import html
 
     parts = [html.heading("How it was made")] if study.models else []
     for name, meta in study.models:
-        parts += [html.paragraph(name), html.code(replay_lines(meta.get("history") or []))]
+        parts += [html.paragraph(name), html.code(_history.replay_lines(meta.get("history") or []))]
     return parts
 
 

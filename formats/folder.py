@@ -13,15 +13,11 @@ import numpy as np
 from rbkit.formats import png
 from rbkit.formats.dataset import DataSet
 from rbkit.formats.errors import FormatError, LimitError, printable
+from rbkit.formats.names import encode_names, path_ids
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
 LOSSY = (".jpg", ".jpeg", ".webp")
 FORMATS = ["PNG", "JPEG", "BMP", "WEBP", "PPM"]
-
-
-def path_id(name: str) -> int:
-    """A stable id of a relative path: 63 bits of its sha256, so that one new file renames nothing."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") >> 1
 
 
 def fit(image: Any, size: int | None) -> Any:
@@ -71,20 +67,6 @@ def stack(pictures: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
     return np.stack(pictures)
 
 
-def encode_names(names: Sequence[str]) -> np.ndarray:
-    """Names as UTF-8 bytes, uint8 (N, longest), padded with zeros."""
-    raw = [os.fsencode(name) for name in names]
-    out = np.zeros((len(raw), max(map(len, raw), default=0)), np.uint8)
-    for row, name in zip(out, raw, strict=True):
-        row[: len(name)] = np.frombuffer(name, np.uint8)
-    return out
-
-
-def decode_names(rows: np.ndarray) -> list[str]:
-    """The inverse of `encode_names`."""
-    return [os.fsdecode(bytes(row).rstrip(b"\0")) for row in rows]
-
-
 def recolour(pixels: np.ndarray, channels: int | None) -> np.ndarray:
     """Pixels (C, H, W) with `channels` channels: grey is repeated, colour becomes ITU-R 601 luma (rounded)."""
     if channels is None or len(pixels) == channels:
@@ -130,11 +112,6 @@ def files(
 def _pictures(folder: Path) -> list[Path]:
     found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
     return sorted(found, key=lambda p: os.fsencode(p))
-
-
-def path_ids(names: Sequence[str]) -> np.ndarray:
-    """`path_id` of each name, int64 (N,)."""
-    return np.array([path_id(name) for name in names], np.int64)
 
 
 def class_root(root: Path) -> Path:

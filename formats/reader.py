@@ -19,7 +19,7 @@ from rbkit.formats import document, png
 from rbkit.formats.chunk import ROWLESS, ROWS, Chunk, spans, split
 from rbkit.formats.document import Header, TensorInfo, is_count
 from rbkit.formats.errors import ChecksumError, FormatError
-from rbkit.formats.folder import encode_names, path_id
+from rbkit.formats.names import encode_names, path_id
 
 PIECE = 1 << 20  # bytes asked for at once
 EAGER = 64 << 20  # a buffer grows by at most this at once

@@ -20,7 +20,7 @@ from PIL import Image
 
 from rbkit.formats import png
 from rbkit.formats.errors import FormatError, LimitError
-from rbkit.formats.folder import decode_names, path_id
+from rbkit.formats.names import decode_names, path_id
 from rbkit.formats.reader import Reader
 
 # ------------------------------------------------------------------------- a PNG writer that can lie

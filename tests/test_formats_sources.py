@@ -21,6 +21,7 @@ from rbkit.formats import cifar, folder, idx, npz, png
 from rbkit.formats.dataset import in_memory
 from rbkit.formats.errors import FormatError, LimitError
 from rbkit.formats.join import order_shards, ranges
+from rbkit.formats.names import decode_names, encode_names, path_id
 from rbkit.formats.table import read_records
 
 # ------------------------------------------------------------------------------------------------------- IDX
@@ -260,10 +261,10 @@ def test_folders_give_labels_names_and_stable_ids(zoo: Path) -> None:
     data = folder.image_folder(zoo, split="train")
     rows = data.fetch(np.arange(3))
     names = ["train/cat/deep/z.bmp", "train/dog/a.PNG", "train/dog/b.png"]
-    assert folder.decode_names(rows["name"]) == names
+    assert decode_names(rows["name"]) == names
     assert rows["label"].tolist() == [0, 1, 1] and data.classes == ["cat", "dog"]
     assert rows["image"][:, 0, 0, 0].tolist() == [30, 20, 10] and rows["image"].shape == (3, 3, 4, 5)
-    assert data.ids.tolist() == [folder.path_id(n) for n in names] and data.carved and not data.lossy
+    assert data.ids.tolist() == [path_id(n) for n in names] and data.carved and not data.lossy
     paint(zoo / "train" / "cat" / "a.png", 1)
     assert set(data.ids.tolist()) < set(folder.image_folder(zoo, split="train").ids.tolist())
     assert folder.image_folder(zoo, split="test").fetch(np.array([1]))["label"].tolist() == [1]
@@ -350,12 +351,12 @@ def test_grey_and_colour() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), max_size=4))
 def test_names_survive(names: list[str]) -> None:
-    assert folder.decode_names(folder.encode_names(names)) == names
+    assert decode_names(encode_names(names)) == names
 
 
 def test_ids_of_paths_are_pinned() -> None:
-    assert folder.path_id("cat.png") == 6_676_496_769_540_873_985
-    assert 0 <= folder.path_id("") < 2**63
+    assert path_id("cat.png") == 6_676_496_769_540_873_985
+    assert 0 <= path_id("") < 2**63
 
 
 # --------------------------------------------------------------------------------------------------------- NPZ

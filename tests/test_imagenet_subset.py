@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors import numpy as st
 
 from rbkit.cli._sources import Manifest
-from rbkit.formats.folder import class_folders, decode_names, digest_line, encode_names, pictures_of
+from rbkit.formats.folder import class_folders, digest_line, pictures_of
+from rbkit.formats.names import decode_names, encode_names
 from rbkit.tools.sample import drawn, splits
 
 CLASSES, PICTURES = 5, 9

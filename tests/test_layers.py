@@ -71,6 +71,13 @@ def test_layers_import_only_what_lies_below(layer: str) -> None:
         assert ours <= allowed, f"{path.name} imports {sorted(ours - allowed)}"
 
 
+def test_commands_do_not_import_each_other() -> None:
+    commands = {script.partition(":")[0] for script in SCRIPTS.values()}
+    for path in modules("cli"):
+        found = {name.rpartition(".")[0] for name in imports(ast.parse(path.read_text("utf-8")))} & commands
+        assert not found, f"{path.name} imports {sorted(found)}"
+
+
 def test_commands_import_nothing_heavy_at_module_level() -> None:
     for path in modules("cli"):
         found = roots(path, top=True) & HEAVY

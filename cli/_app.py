@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import signal
 import stat
@@ -14,12 +15,13 @@ from typing import Any
 import typer
 
 from rbkit.cli import __version__, _log
-from rbkit.cli._errors import Failure, Output, Terminated, reason
+from rbkit.cli._errors import Failure, Memory, Output, Stopped, Terminated, reason
 from rbkit.cli._log import note
-from rbkit.cli._progress import Heart, answer_signals
+from rbkit.cli._progress import ASKING, Heart, answer_signals
 
 __all__ = ["command_of", "note", "program"]
 
+UNALLOCATED = ("CUDA out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")  # torch's
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF, errno.EIO)
 TRAPPED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # not KeyboardInterrupt: typer would end it with status 0
 
@@ -52,27 +54,31 @@ def _version_option(name: str) -> Any:
 
 
 def program(
-    name: str, function: Callable[..., Any], *, alone: bool = False, answers: bool = True
+    name: str, function: Callable[..., Any], *, alone: bool = False, resumable: bool = False
 ) -> Callable[[], None]:
     """The entry point of a console script: runs `function` and ends the process with the right status.
 
     alone: whether it works only once its input has ended, so that no neighbour in a pipe computes at the same time.
-    answers: whether SIGUSR1 and SIGUSR2 ask for a status line; to rb-train they mean something else.
+    resumable: whether the same command goes on where it was stopped: signals of schedulers then end it with the status
+    that says so. To other commands SIGUSR1 and SIGUSR2 are a question for a status line.
     """
 
     def main() -> None:
         _own_descriptors()
         _share_cpus(alone=alone)
-        if answers:
+        if not resumable:
             answer_signals(name)
         _log.catch_warnings(name)
-        _trap()
+        _trap(TRAPPED + ASKING if resumable else TRAPPED)
         status, why, killer = 1, None, None
         try:
             with Heart(name):
                 status, why = _run(name, function)
         except Terminated as stop:
-            killer = stop.signum
+            if resumable and stop.signum != signal.SIGINT:
+                status, why = Stopped.status, _unstarted(stop.signum)
+            else:
+                killer = stop.signum
         except KeyboardInterrupt:
             killer = signal.SIGINT
         except BrokenPipeError:
@@ -108,8 +114,15 @@ Ending = tuple[int, str | None]  # the status, and why it is not 0
 
 
 def _run(name: str, function: Callable[..., Any]) -> Ending:
+    given: dict[str, Any] = {}
+
+    @functools.wraps(function)
+    def call(**options: Any) -> Any:
+        given.update(options)
+        return function(**options)
+
     try:
-        status = command_of(name, function)(args=_arguments(), prog_name=name, standalone_mode=False)
+        status = command_of(name, call)(args=_arguments(), prog_name=name, standalone_mode=False)
         _flush_stdout()
         return status if isinstance(status, int) else 0, None
     except Failure as failure:
@@ -120,9 +133,9 @@ def _run(name: str, function: Callable[..., Any]) -> Ending:
         if isinstance(end.__context__, BrokenPipeError):  # typer ends with status 1 where a reader went away
             raise end.__context__ from None
         raise
-    except MemoryError:
-        return _failed(name, MemoryError("out of memory; try a smaller --block or fewer rows"), 6)
     except Exception as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in UNALLOCATED):
+            return _failed(name, Memory(_smaller(given)), Memory.status, error)
         return _other(name, error)
 
 
@@ -131,9 +144,17 @@ def _arguments() -> list[str]:
     return sys.argv[1:]
 
 
+def _smaller(given: dict[str, Any]) -> str:
+    """What to try where memory was not enough, by the options given: a block is a multiple of 32."""
+    block, batch = given.get("block") or 0, given.get("batch") or 0
+    if block > 32:
+        return f"out of memory at --block {block}; try --block {max(32, block // 64 * 32)}"
+    if batch > 2:
+        return f"out of memory at --batch {batch}; try --batch {batch // 2}, or --micro {batch // 2}"
+    return "out of memory; try fewer rows, or smaller images"
+
+
 def _other(name: str, error: Exception) -> Ending:
-    if type(error).__name__ in ("OutOfMemoryError",) or "not enough memory" in str(error):
-        return _failed(name, RuntimeError("out of memory on the device; try a smaller --block"), 6)
     if isinstance(error, RuntimeError) and "does not require grad" in str(error):
         text = "the model's output has no gradient by its input (detached, or rounded on the way); try rb-score --flags"
         return _failed(name, RuntimeError(text), 3, error)
@@ -195,11 +216,15 @@ def _own_descriptors() -> None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
 
 
-def _trap() -> None:
+def _unstarted(signum: int) -> str:
+    return f"stopped by {signal.Signals(signum).name} before training began; run the same command with --resume"
+
+
+def _trap(signums: tuple[signal.Signals, ...]) -> None:
     def stop(signum: int, _: Any) -> None:
         raise Terminated(signum)
 
-    for signum in TRAPPED:
+    for signum in signums:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, stop)
 

@@ -95,4 +95,5 @@ def blame(kind: type[Failure], *errors: type[BaseException], prefix: str = "") -
     except Failure:
         raise
     except caught as error:
-        raise kind(prefix + reason(error)) from error
+        text = reason(error)  # which may begin with the name of the file already
+        raise kind(text if prefix and text.startswith(prefix) else prefix + text) from error

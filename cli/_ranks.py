@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from rbkit.cli._compute import available_threads
-from rbkit.cli._errors import Failure, Lost, Usage
+from rbkit.cli._errors import Failure, Lost, Stopped, Usage
 
 if TYPE_CHECKING:
     import torch
@@ -77,11 +77,28 @@ def told_once(*kinds: type[Failure]) -> Iterator[None]:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """This process among the others. Raises: Lost when one of them is gone."""
+    """This process among the others. Raises: Lost when one of them is gone, Exit when one failed, which told why itself."""
     from rbkit.tools import ranks
 
     try:
-        with ranks.joined(index(), count()) as found:
+        with ranks.joined(index(), count()) as found, _telling(found):
             yield found
     except ranks.LostRank as error:
         raise Lost("another process of this run is gone; run the same command with --resume") from error
+    except ranks.FailedRank as error:
+        raise typer.Exit(error.status) from error
+
+
+@contextmanager
+def _telling(ranks: Ranks) -> Iterator[None]:
+    """Tell the others of an error that ends this process; a stop, a loss and a failure of others they know of themselves."""
+    from rbkit.tools.ranks import FailedRank, LostRank
+
+    try:
+        yield
+    except (Stopped, LostRank, FailedRank):
+        raise
+    except Exception as error:
+        if ranks.count > 1:
+            ranks.fail(getattr(error, "status", 1))
+        raise

@@ -13,7 +13,7 @@ import typer
 from rbkit.cli import _history, _input, _output, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
-from rbkit.cli._errors import Input, Usage
+from rbkit.cli._errors import Input, Numbers, Usage
 from rbkit.cli._log import note
 from rbkit.cli._options import (
     BLOCK,
@@ -300,6 +300,7 @@ def _attack_stream(
         poll = _poll(ahead, evaluation.device, options)
         results = stages.run(evaluation, spec, poll, refill=options["refill"], judge=judge)
         for chunk, result in results:
+            _check_ball(chunk, result, spec)
             arrays = {**chunk.arrays, **_columns(chunk, result)}
             sink.write(arrays, _meta(chunk, spec, models, history), last=chunk.last)
             progress.expect(None if options["shard"] else chunk.meta.get("total"))
@@ -367,6 +368,22 @@ def _check_earlier(chunk: Chunk, spec: Attack) -> None:
         raise Usage(
             f"{chunk.place}: already attacked at {earlier.get('norm')} {earlier.get('eps')}, not {spec.norm} {spec.eps}; "
             "use the same norm and eps to add to it"
+        )
+
+
+def _check_ball(chunk: Chunk, result: Attacked, spec: Attack) -> None:
+    """Nothing leaves that is not within the ball, whatever the model made of the attack. Raises: Numbers."""
+    from rbkit.tools.examples import as_float
+    from rbkit.tools.quantise import leaves_ball
+
+    images = result.outcome.images
+    clean = as_float(to_tensor(chunk.arrays["image"], images.device))
+    outside = leaves_ball(images, clean, norm=spec.norm, eps=spec.eps)
+    if outside.any():
+        ids = chunk.arrays["id"][outside.cpu().numpy()].tolist()
+        raise Numbers(
+            f"{chunk.place}: {len(ids)} of {chunk.count} adversarial images left the {spec.norm} ball of {spec.eps} or "
+            f"are not finite, first id {ids[0]}; look at the model by rb-score --flags"
         )
 
 

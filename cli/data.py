@@ -10,7 +10,7 @@ import typer
 
 from rbkit.cli import _history, _output, _sources, _values
 from rbkit.cli._app import program
-from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._errors import Input, Partial, Usage, blame, reason
 from rbkit.cli._log import note
 from rbkit.cli._options import NoClobber, NoHistory, Output, Quiet, Seed, Shard
 from rbkit.cli._progress import Progress
@@ -26,6 +26,7 @@ TAKES = {  # options that not every source has, and those that have them
     "per_class": ("imagenet-subset",),
     "manifest": ("imagenet-subset",),
     "cue": ("shapes",),
+    "keep_going": ("folder", "png"),
 }
 SUBSET_CLASSES, SUBSET_COUNTS, SUBSET_SIZE = 150, "600,50,60", 128
 MAX_PIXELS = 1 << 24
@@ -130,6 +131,14 @@ def data(
     max_pixels: Annotated[
         int, typer.Option("--max-pixels", metavar="N", min=1, help="Refuse larger pictures.")
     ] = MAX_PIXELS,
+    keep_going: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-going",
+            help="folder, png: leave out files that cannot be read, name them, and end with status 7.",
+            show_default=False,
+        ),
+    ] = None,
     shard: Shard = None,
     output: Output = "-",
     no_clobber: NoClobber = False,
@@ -149,14 +158,16 @@ def data(
         source = _sources.open_source(options)
     if shuffle_labels:
         source = _shuffled(source, seed)
-    rows = _select(source, kind, split=split, n=n, seed=seed)
+    rows, unread = _select(source, options)
     part = _values.shard(shard)
-    meta = _meta(source, options, total=len(rows))
+    meta = _meta(source, options, total=len(rows), unread=unread)
     if source.lossy and not quiet:
         note("rb-data", "the pictures are lossy (JPEG or WebP); recorded as such")
     listed = None if manifest is None else _sources.Manifest(manifest, options)
     with _output.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         _write(sink, source, rows, meta, part, listed)
+    if unread:
+        raise Partial(f"{unread} files could not be read and were left out")
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -183,19 +194,40 @@ def _check_options(options: dict[str, Any]) -> None:
         raise Usage(f"{kind}: got {len(paths)} paths; see rb-data --help")
 
 
-def _select(source: DataSet, kind: str, *, split: str, n: int | None, seed: int) -> Any:
-    """Indices of the chosen rows: the split, then a nested sample of it."""
+def _select(source: DataSet, options: dict[str, Any]) -> tuple[Any, int]:
+    """Indices of the chosen rows, the split and then a nested sample of it, and how many files could not be read."""
     import numpy as np
 
     from rbkit.tools.sample import in_validation, nested_sample
 
-    if kind == "shapes":
-        return np.arange(source.count)
     rows = np.arange(source.count)
-    if source.carved and split in ("train", "val"):
-        rows = rows[in_validation(source.ids) == (split == "val")]
+    if options["kind"] == "shapes":
+        return rows, 0
+    if source.carved and options["split"] in ("train", "val"):
+        rows = rows[in_validation(source.ids) == (options["split"] == "val")]
+    readable = _readable(source, rows) if options["keep_going"] else rows
     with blame(Usage, ValueError):
-        return rows[nested_sample(len(rows), n, seed=seed)]
+        chosen = nested_sample(len(readable), options["n"], seed=options["seed"])
+    return readable[chosen], len(rows) - len(readable)
+
+
+def _readable(source: DataSet, rows: Any) -> Any:
+    """Those of the rows that can be fetched; each other one is told, and treated as if its file were not there.
+
+    All are tried before the first is written, so that samples, shards and totals agree; each file is read twice.
+    """
+    import numpy as np
+
+    good = np.ones(len(rows), bool)
+    for number in range(len(rows)):
+        try:
+            source.fetch(rows[number : number + 1])
+        except (ValueError, OSError) as error:
+            good[number] = False
+            note("rb-data", f"left out: {reason(error)}")
+    if not good.any():
+        raise Input(f"none of the {len(rows)} files can be read")
+    return rows[good]
 
 
 def _shuffled(source: DataSet, seed: int) -> DataSet:
@@ -216,10 +248,12 @@ def _shuffled(source: DataSet, seed: int) -> DataSet:
     return replace(source, fetch=fetch)
 
 
-def _meta(source: DataSet, options: dict[str, Any], *, total: int) -> dict[str, Any]:
+def _meta(source: DataSet, options: dict[str, Any], *, total: int, unread: int) -> dict[str, Any]:
     described = {"source": options["kind"], "split": options["split"], "lossy": source.lossy}
     if options["cue"]:
         described |= {"cue": options["cue"], "cue_shift": options["cue_shift"] or 0}
+    if unread:
+        described["left_out"] = unread
     entry = _history.entry("rb-data", options)
     meta: dict[str, Any] = {"kind": "images", "total": total, "data": described, "history": [entry]}
     if source.classes is not None:

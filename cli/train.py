@@ -442,7 +442,7 @@ def _write(
         job.remove()
 
 
-main = program("rb-train", train, alone=True, answers=False)
+main = program("rb-train", train, alone=True, resumable=True)
 
 if __name__ == "__main__":
     sys.exit(main())

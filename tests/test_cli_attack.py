@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import execute
 from safetensors import numpy as st
+
+from rbkit.cli._errors import Numbers
+from rbkit.cli.attack import _check_ball
+from rbkit.tools.attack import ATTACKS
 
 
 def test_radii_and_a_second_attack(tmp_path: Path, stream_file: Path, model_file: Path) -> None:
@@ -70,3 +76,33 @@ def test_a_model_without_gradients_is_told(command: str, tmp_path: Path, stream_
     result = execute(command, stream_file, "-m", model, "--arch", "flat:factory", "-q", "-o", out, cwd=tmp_path)
     assert result.status == 3 and "no gradient by its input" in result.err and result.err.count("\n") == 1, result.err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["rb-attack", "rb-saliency", "rb-score", "rb-train"])
+def test_memory_that_does_not_suffice_is_told_with_what_to_try(
+    command: str, tmp_path: Path, stream_file: Path, train_file: Path, model_file: Path
+) -> None:
+    """A block of a terabyte; status 6, and nothing left behind."""
+    out = tmp_path / "out.safetensors"
+    size = ("--block", 96 * 10**6, "-m", model_file)
+    source, huge, words = stream_file, size, "out of memory at --block 96000000; try --block 48000000"
+    if command == "rb-train":
+        source, huge, words = train_file, ("--width", 10**9), "out of memory at --batch 32; try --batch 16"
+    result = execute(command, source, *huge, "-q", "-o", out)
+    assert result.status == 6 and words in result.err and result.err.count("\n") == 1, result.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_what_left_its_ball_is_not_written(norm: str) -> None:
+    """Whatever went wrong before: one image of three beyond the radius, or one that is not finite."""
+    clean = np.full((3, 1, 4, 5), 0.5, np.float32)
+    chunk = SimpleNamespace(arrays={"image": clean, "id": np.array([5, 6, 7])}, count=3, place="x.rbs: document 1")
+    spec = ATTACKS["pgd"](norm=norm, eps=0.1)
+    for wrong in (0.2, float("nan")):
+        images = torch.from_numpy(clean.copy())
+        images[:, 0, 0, 0] += 0.1
+        _check_ball(chunk, SimpleNamespace(outcome=SimpleNamespace(images=images)), spec)  # type: ignore[arg-type]
+        images[1, 0, 0, 0] = 0.5 + wrong
+        with pytest.raises(Numbers, match=f"1 of 3 adversarial images left the {norm} ball of 0.1 .* first id 6;"):
+            _check_ball(chunk, SimpleNamespace(outcome=SimpleNamespace(images=images)), spec)  # type: ignore[arg-type]

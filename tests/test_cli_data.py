@@ -17,6 +17,12 @@ def load(path: Path, *argv: object) -> dict[str, np.ndarray]:
     return st.load_file(path)
 
 
+def picture(path: Path, shade: int) -> None:
+    """A colour picture of 6 x 5 pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((6, 5, 3), shade, np.uint8)).save(path)
+
+
 def test_npz(tmp_path: Path) -> None:
     images = np.arange(5 * 3 * 6 * 7, dtype=np.uint8).reshape(5, 3, 6, 7)
     np.savez(tmp_path / "a.npz", image=images, label=np.arange(5))
@@ -48,6 +54,32 @@ def test_fashion_mnist(tmp_path: Path) -> None:
         pytest.skip("the package dataset-fashion-mnist is not installed")
     found = load(tmp_path / "o.safetensors", "fashion-mnist", "--n", 7)
     assert found["image"].shape == (7, 1, 28, 28)
+
+
+def test_files_that_cannot_be_read_are_left_out_on_request(tmp_path: Path) -> None:
+    """As if they were not there: the stream, its samples and its shards are those of the folder without them."""
+    for side in ("whole", "hurt"):
+        for number in range(9):
+            picture(tmp_path / side / "test" / "ab"[number % 2] / f"{number}.png", number)
+    hurt = tmp_path / "hurt" / "test"
+    (hurt / "a" / "2.png").write_bytes((hurt / "a" / "2.png").read_bytes()[:-9])
+    (hurt / "b" / "3.png").write_bytes(b"no picture")
+    for name in ("a/2.png", "b/3.png"):
+        (tmp_path / "whole" / "test" / name).unlink()
+
+    plain = execute("rb-data", "folder", tmp_path / "hurt", "-o", tmp_path / "none.safetensors")
+    assert plain.status == 3 and "2.png" in plain.err and not (tmp_path / "none.safetensors").exists()
+
+    for extra in ((), ("--n", 4), ("--shard", "2/3")):
+        whole, found = tmp_path / "w.safetensors", tmp_path / "f.safetensors"
+        assert execute("rb-data", "folder", tmp_path / "whole", *extra, "--no-history", "-o", whole).status == 0
+        result = execute("rb-data", "folder", tmp_path / "hurt", "--keep-going", *extra, "--no-history", "-o", found)
+        assert result.status == 7 and result.err.count("\n") == 3, result.err
+        assert "2.png" in result.err and "3.png" in result.err and "2 files could not be read" in result.err
+        one, other = st.load_file(whole), st.load_file(found)
+        assert all(np.array_equal(one[name], other[name]) for name in one) and one.keys() == other.keys()
+    assert execute("rb-data", "shapes", "--keep-going", "-o", tmp_path / "s.safetensors").status == 2
+    assert execute("rb-data", "png", hurt / "b" / "3.png", "--keep-going").status == 3
 
 
 def test_ids_of_a_folder_outlive_new_files(tmp_path: Path) -> None:

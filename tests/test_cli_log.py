@@ -61,7 +61,7 @@ def test_long_and_hostile_texts_stay_short_lines() -> None:
 
 
 def test_notes_and_warnings_are_events() -> None:
-    code = "import warnings\nfrom rbkit.cli._app import note, program\n"
+    code = "import warnings\nfrom rbkit.cli._app import program\nfrom rbkit.cli._log import note\n"
     code += "def work() -> None:\n    note('rb-x', 'two\\nlines'); warnings.warn('mind this', UserWarning)\n"
     code += "program('rb-x', work)()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(RB_LOG="json"), check=True)

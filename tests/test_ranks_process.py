@@ -47,13 +47,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def launched(count: int, *argv: object) -> Iterator[list[subprocess.Popen[bytes]]]:
+def launched(count: int, *argv: object, **variables: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The processes of one run, as a launcher that hands on their own status would start them; ended with the block."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     processes = [
         subprocess.Popen(
             [BIN / "rb-train", *map(str, argv)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, env=environment(RANK=str(index), LOCAL_WORLD_SIZE=str(count), **where),
+            stderr=subprocess.PIPE, env=environment(RANK=str(index), LOCAL_WORLD_SIZE=str(count), **where, **variables),
         )
         for index in range(count)
     ]  # fmt: skip
@@ -156,9 +156,34 @@ def test_a_process_that_never_comes_is_not_waited_for(monkeypatch: pytest.Monkey
 
 
 def test_rows_that_cannot_be_read_end_all_processes(tmp_path: Path) -> None:
-    """Only the first process reads; the other one is told nothing and does not wait."""
+    """Only the first process reads; the other one ends as it does, and not with 75, which would be tried again for ever."""
     argv = ("--batch", 16, "--micro", 8, "-o", tmp_path / "m.safetensors")
     with launched(2, tmp_path / "absent.safetensors", *argv) as processes:
         (first, err), (second, silence) = ended(processes)
     assert first == 3 and err.count("\n") == 1 and "absent.safetensors" in err, err
-    assert (second, silence) == (75, "")
+    assert (second, silence) == (3, "")
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_processes(tmp_path: Path, rows: Path) -> None:
+    """In the middle of the training, where the others wait for a gradient."""
+    target = tmp_path / "m.safetensors"
+    Path(f"{target}.ckpt").mkdir()
+    with launched(2, rows, *JOB, "-q", "-o", target) as processes:
+        (first, err), (second, silence) = ended(processes)
+    assert first == 4 and err.count("\n") == 1 and err.count(".ckpt") == 1, err
+    assert (second, silence) == (4, "")
+
+
+def test_the_failure_of_a_process_that_does_not_write_reaches_the_first(tmp_path: Path, rows: Path) -> None:
+    """The module of the architecture is found by the first process alone."""
+    (tmp_path / "own.py").write_text(
+        "import os\nfrom rbkit.tools.architectures import resnet8\n"
+        "def net(num_classes):\n"
+        "    if os.environ['RANK'] == '1':\n        raise ValueError('no such layer here')\n"
+        "    return resnet8(num_classes=num_classes, width=4)\n"
+    )
+    argv = ("--arch", "own:net", "--batch", 16, "--micro", 8, "-q", "-o", tmp_path / "m.safetensors")
+    with launched(2, rows, *argv, PYTHONPATH=str(tmp_path)) as processes:
+        (first, silence), (second, err) = ended(processes)
+    assert second not in (0, 75) and "no such layer here" in err, err
+    assert (first, silence) == (second, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -99,6 +100,25 @@ def test_the_same_bytes_after_an_interruption(
     assert [p.name for p in tmp_path.iterdir()] == [target.name]
 
 
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGUSR2, 75), (signal.SIGHUP, 75), (signal.SIGINT, -2)],
+)
+def test_a_signal_before_the_first_step(number: int, status: int, tmp_path: Path) -> None:
+    """While the job waits for its data: there is nothing to save yet, and all to be done by the same command."""
+    rows = tmp_path / "rows"
+    os.mkfifo(rows)
+    with training(rows, "-o", tmp_path / "model.safetensors") as process, rows.open("wb"):  # opens once the job reads
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err.decode()
+    words = (
+        f"rb-train: stopped by {signal.Signals(number).name} before training began; run the same command with --resume"
+    )
+    assert err.decode() == ("" if status < 0 else words + "\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["rows"]
+
+
 def test_a_job_killed_within_an_epoch_goes_on_from_its_last_steps(tmp_path: Path, few_rows: Path, whole: Path) -> None:
     """An epoch has 5 steps; the first checkpoint is that of step 2. How often one is written may change on the way."""
     target = tmp_path / "model.safetensors"
@@ -178,6 +198,22 @@ def test_ctrl_c_saves_and_dies_of_it(tmp_path: Path, few_rows: Path) -> None:
     assert ended.status == -signal.SIGINT
     assert "stopping after this step" in ended.err and "Traceback" not in ended.err
     assert Path(f"{target}.ckpt").exists() and not target.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_job_at_once(number: int, tmp_path: Path, few_rows: Path) -> None:
+    """In the middle of a step, of which each takes seconds; the checkpoint of the step before stays."""
+    target = tmp_path / "model.safetensors"
+    checkpoint = Path(f"{target}.ckpt")
+    slow = ("--width", 64, "--eps", "0.5", "--steps", 40, "--checkpoint-every", 1)
+    with training(few_rows, *slow, "-q", "-o", target) as process:
+        wait_for(checkpoint, process)
+        before = checkpoint.stat().st_ino
+        process.send_signal(number)
+        time.sleep(0.1)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode == -number and checkpoint.stat().st_ino == before and not target.exists()
 
 
 def test_a_finished_job_is_left_alone(tmp_path: Path, few_rows: Path, whole: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,9 +24,21 @@ class LostRank(RuntimeError):
     """Raised where another process of the run has ended, or is silent for longer than the patience."""
 
 
+class FailedRank(RuntimeError):
+    """Raised where another process could not go on, and said so: `status` is what it ends with."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"another process failed with status {status}")
+        self.status = status
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """One process of `count`, and which: the first, of index 0, is the one that reads, writes and speaks."""
+    """One process of `count`, and which: the first, of index 0, is the one that reads, writes and speaks.
+
+    Before each exchange all agree that none has failed, so that nobody waits for what will not come, nor takes a process
+    that met an error for one that was killed.
+    """
 
     index: int = 0
     count: int = 1
@@ -37,6 +49,7 @@ class Ranks:
             return [tensors]
         flat = torch.cat([t.reshape(-1) for t in tensors])
         parts = [torch.empty_like(flat) for _ in range(self.count)]
+        self._agree()
         with _company():
             dist.all_gather(parts, flat)
         return [_split(part, tensors) for part in parts]
@@ -52,10 +65,18 @@ class Ranks:
     def _reduce(self, numbers: Sequence[int], operation: str) -> list[int]:
         if self.count == 1:
             return list(numbers)
-        found = torch.tensor(numbers, dtype=torch.int64)
-        with _company():
-            dist.all_reduce(found, getattr(dist.ReduceOp, operation))
-        return found.tolist()
+        self._agree()
+        return _reduced(numbers, operation)
+
+    def fail(self, status: int) -> None:
+        """Tell the others, at their next exchange, that this process ends with `status`, not 0, and so must they."""
+        with suppress(LostRank):  # who has ended need not be told
+            _reduced([status], "MAX")
+
+    def _agree(self) -> None:
+        (status,) = _reduced([0], "MAX")
+        if status:
+            raise FailedRank(status)
 
     def share(self, tensors: Mapping[str, Tensor], value: Any) -> tuple[dict[str, Tensor], Any]:
         """The named tensors, on the CPU, and the JSON value of the first process, whatever the others gave."""
@@ -72,6 +93,7 @@ class Ranks:
     def _first(self, tensor: Tensor) -> Tensor:
         """The tensor of the first process, in one of the same shape."""
         received = tensor.detach().cpu().contiguous()
+        self._agree()
         with _company():
             dist.broadcast(received, src=0)
         return received
@@ -91,6 +113,13 @@ def joined(index: int, count: int, *, patience: timedelta = PATIENCE) -> Iterato
         dist.init_process_group(backend, rank=index, world_size=count, timeout=patience)
     yield Ranks(index, count)
     dist.destroy_process_group()  # not after an error: it would wait for those who are gone
+
+
+def _reduced(numbers: Sequence[int], operation: str) -> list[int]:
+    found = torch.tensor(numbers, dtype=torch.int64)
+    with _company():
+        dist.all_reduce(found, getattr(dist.ReduceOp, operation))
+    return found.tolist()
 
 
 @contextmanager

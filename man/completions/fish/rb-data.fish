@@ -17,6 +17,7 @@ complete -c rb-data -l cue-shift -x -d 'Plant the cue of the K-th next class ins
 complete -c rb-data -l shuffle-labels -d 'Labels drawn at random, a control: nothing tells them.'
 complete -c rb-data -l layout -x -a 'nchw nhwc' -d 'npz: where the channels are.'
 complete -c rb-data -l max-pixels -x -d 'Refuse larger pictures.'
+complete -c rb-data -l keep-going -d 'folder, png: leave out files that cannot be read, name them, and end with status 7.'
 complete -c rb-data -l shard -x -d 'Only the K-th of N contiguous parts of the whole input (from 1); slurm or slurm/N: by the array task.'
 complete -c rb-data -s o -l output -r -d 'Where to write: .safetensors (one document), .rbs (a stream), .png or a folder/ (pictures); - is standard output.'
 complete -c rb-data -l no-clobber -d 'Refuse outputs that are already there; the default is to replace them.'

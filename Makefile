@@ -331,10 +331,22 @@ link: link-plan  ## robustness against interpretability over a population of mod
 link-plan:  ## what make link would cost
 	@awk "$$LINK_PLAN"
 
+# Class images of the first seed, begun alike, by models of rising radius: the dose and the response as one sheet.
+$(L)/begun.safetensors: $(K)/data | setup
+	@mkdir -p $(@D)
+	rb-data $(SOURCE) --split test --n 8 --seed $(SEED) -o $@
+define DOSE
+$$(L)/eps$(1)-$(firstword $(LINK_SEEDS)).classes.safetensors: $$(L)/eps$(1)-$(firstword $(LINK_SEEDS)).safetensors $$(L)/begun.safetensors $$(D)/train.safetensors
+	rb-invert $$(word 2,$$^) -m $$< --mode class --seeds-from $$(D)/train.safetensors --steps 60 --seed $$(SEED) --block 32 --quiet -o $$@
+endef
+$(foreach e,$(LINK_EPS),$(eval $(call DOSE,$(e))))
+$(L)/dose.png: $(foreach e,$(LINK_EPS),$(L)/eps$(e)-$(firstword $(LINK_SEEDS)).classes.safetensors)
+	rb-view $^ -o $@
+
 $(L)/link.jsonl: $(LINK_MAIN) $(LINK_CONTROLS)
 	rm -rf $(L)/figures
 	rb-link $(LINK_MAIN) $(foreach f,$(LINK_CONTROLS),--controls $(f)) --figures $(L)/figures/ --json --quiet > $@.tmp && mv $@.tmp $@
-$(L)/report.html: $(L)/link.jsonl $(LINK_PROOF)
+$(L)/report.html: $(L)/link.jsonl $(LINK_PROOF) $(L)/dose.png
 	rb-report $^ $(L)/figures/*.svg --title 'the link on $(DATA)' --clean $(CLEAN) -o $@
 
 # ---------------------------------------------------------------------------------------------------- the paper

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,9 @@ class PictureWriter:
     def __init__(self, output: str, *, rows: int = SHEET_ROWS, spread: bool = False, no_clobber: bool = False) -> None:
         self.output, self.limit, self.spread, self.no_clobber = output, rows, spread, no_clobber
         self.kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self.streams: list[int] = []
+        self.streams: list[int] = []  # rows kept of each
+        self.source = ""  # what the stream that comes next is called on a sheet of several
+        self.names: list[str] = []  # of each stream
         self.seen = 0
         self.begin = True
         if output.endswith("/"):
@@ -36,6 +38,7 @@ class PictureWriter:
             raise Usage(f"a stream of kind {meta['kind']} has no pictures; write it to .safetensors")
         if self.begin:
             self.streams.append(0)
+            self.names.append(self.source)
         self.begin = last
         count = len(arrays["id"]) if "id" in arrays else len(arrays["image"])
         for row in range(count):
@@ -85,22 +88,44 @@ class PictureWriter:
         common = [i for i in streams[0] if all(i in s for s in streams)] if streams else []
         if len(streams) > 1 and not common:  # nothing to pair: one below the other
             streams, common = [dict(enumerate(self.kept))], list(range(len(self.kept)))
+        shared = [number > 0 and _same_starts(stream, streams[0], common) for number, stream in enumerate(streams)]
         rows: list[sheet.Row] = []
         heads: list[str] = []
+        sources: dict[int, str] = {}
         for identity in common:
             cells: list[np.ndarray] = []
             captions: list[str] = []
             heads = []
             for number, stream in enumerate(streams):
                 one, meta = stream[identity]
-                more, caption, head = cells_of(one, meta, first=number == 0)
+                more, caption, head = cells_of(one, meta, image=number == 0, start=not shared[number])
+                if len(streams) > 1:  # beyond what belongs to all of them
+                    sources[len(heads) + (1 + any(shared) if number == 0 else 0)] = self.names[number]
                 cells, captions, heads = cells + more, captions + caption, heads + head
             rows.append(sheet.Row(cells, captions))
         meta = self.kept[0][1] if self.kept else {}
         shown = f"{len(rows)} of {self.seen // max(len(streams), 1)} rows"
         return sheet.contact_sheet(
-            rows, heads=heads, title=title_of(meta), foot=f"{shown}; {_legend(meta)}", columns=2 if len(rows) > 12 else 1
+            rows, heads=heads, title=title_of(meta, model=len(streams) == 1), foot=f"{shown}; {_legend(meta)}", columns=2 if len(rows) > 12 else 1,
+            sources=sources if any(sources.values()) else None,
         )  # fmt: skip
+
+
+Drawn = Mapping[int, tuple[dict[str, Any], dict[str, Any]]]  # (row, metadata) by id
+
+
+def _same_starts(stream: Drawn, first: Drawn, common: list[int]) -> bool:
+    """Whether inversions begin where those of the first stream do, which are then drawn once."""
+    pairs = [(stream[i][0].get("start"), first[i][0].get("start")) for i in common]
+    return all(one is not None and other is not None and one.tobytes() == other.tobytes() for one, other in pairs)
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+    """What files are called on a sheet: their names without folder and the endings in letters that all of them share."""
+    parts = [Path(path).name.split(".") for path in paths]
+    while all(len(part) > 1 and part[-1].isalpha() and part[-1] == parts[0][-1] for part in parts):
+        parts = [part[:-1] for part in parts]
+    return [".".join(part) for part in parts]
 
 
 def _legend(meta: Mapping[str, Any]) -> str:
@@ -111,8 +136,8 @@ def _legend(meta: Mapping[str, Any]) -> str:
     return "pixels in [0, 1]"
 
 
-def title_of(meta: Mapping[str, Any]) -> str:
-    """What a sheet shows, in a line."""
+def title_of(meta: Mapping[str, Any], *, model: bool = True) -> str:
+    """What a sheet shows, in a line; with the `model` where there is but one."""
     parts = [str(meta.get("kind", ""))]
     for key, names in (
         ("attack", ("name", "norm", "eps")),
@@ -121,7 +146,7 @@ def title_of(meta: Mapping[str, Any]) -> str:
     ):
         if key in meta:
             parts.append(" ".join(str(meta[key].get(name)) for name in names))
-            parts.append(f"model {str(meta[key].get('model'))[:8]}")
+            parts += [f"model {str(meta[key].get('model'))[:8]}"] if model else []
     return ", ".join(p for p in parts if p)
 
 
@@ -142,11 +167,11 @@ def _caption(one: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
 
 
 def cells_of(
-    one: Mapping[str, Any], meta: Mapping[str, Any], *, first: bool
+    one: Mapping[str, Any], meta: Mapping[str, Any], *, image: bool, start: bool
 ) -> tuple[list[np.ndarray], list[str], list[str]]:
-    """(cells, captions, heads) of one example; the image itself only for the first of several streams."""
-    cells = [sheet.to_rgb(one["image"])] if first else []
-    captions, heads = ([_caption(one, meta)], ["image"]) if first else ([], [])
+    """(cells, captions, heads) of one example, with the image itself and an inversion's start where asked for."""
+    cells = [sheet.to_rgb(one["image"])] if image else []
+    captions, heads = ([_caption(one, meta)], ["image"]) if image else ([], [])
     if meta["kind"] == "attributions":
         values = one["attribution"].sum(0)
         scale = sheet.scale_of(values)
@@ -161,7 +186,7 @@ def cells_of(
         captions += ["broken" if one.get("success", 0) else "holds", f"±{scale:.2g}"]
         heads += [f"eps {(meta.get('attack') or {}).get('eps', '')}", "difference"]
     elif meta["kind"] == "inversions":
-        mid = [("start", "start")] if "start" in one else []
+        mid = [("start", "start")] if start and "start" in one else []
         for name, head in [*mid, ("inverted", str((meta.get("inversion") or {}).get("mode", "inverted")))]:
             cells.append(sheet.to_rgb(one[name]))
             heads.append(head)
@@ -170,7 +195,7 @@ def cells_of(
 
 
 def _loss(one: Mapping[str, Any]) -> str:
-    return next((f"{name} {float(one[name]):.3g}" for name in ("loss", "activation") if name in one), "")
+    return next((f"{name} {float(one[name]) + 0.0:.3g}" for name in ("loss", "activation") if name in one), "")
 
 
 def file_stem(one: Mapping[str, Any], number: int) -> str:

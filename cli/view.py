@@ -55,13 +55,14 @@ def view(
     if names != ["-"] and output.lower().endswith(".png") and all(map(_is_model, names)):
         _output.write_file(output, _training(names, metric or "accuracy"), no_clobber=no_clobber)
         return
-    from rbkit.cli._pictures import PictureWriter
+    from rbkit.cli._pictures import PictureWriter, names_of
     from rbkit.formats.rows import RowChecker
 
     with blame(Output, OSError):
         writer = PictureWriter(output, rows=rows, spread=spread, no_clobber=no_clobber)
-    for name in names:
+    for name, shown in zip(names, names_of(names), strict=True):
         checker = RowChecker()
+        writer.source = shown if len(names) > 1 else ""
         for chunk in watched(_input.chunks(name, max_document=max_document), tool="rb-view", quiet=True, unit="rows"):
             if chunk.meta["kind"] not in ("model", "checkpoint", "scores"):
                 with blame(Input, FormatError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,8 +72,19 @@ def _enlarged(cell: np.ndarray) -> np.ndarray:
     return cell.repeat(factor, 0).repeat(factor, 1)
 
 
-def contact_sheet(rows: Sequence[Row], *, heads: Sequence[str], title: str, foot: str, columns: int = 1) -> np.ndarray:
-    """Rows of cells under column heads, `columns` groups of rows side by side, as pixels (3, H, W) uint8."""
+def contact_sheet(
+    rows: Sequence[Row],
+    *,
+    heads: Sequence[str],
+    title: str,
+    foot: str,
+    columns: int = 1,
+    sources: Mapping[int, str] | None = None,
+) -> np.ndarray:
+    """Rows of cells under column heads, `columns` groups of rows side by side, as pixels (3, H, W) uint8.
+
+    sources: names that stand above the heads, each from the cell of its number on.
+    """
     from PIL import Image, ImageDraw
 
     grid = [[_enlarged(cell) for cell in row.cells] for row in rows]
@@ -84,7 +95,8 @@ def contact_sheet(rows: Sequence[Row], *, heads: Sequence[str], title: str, foot
     captioned = any(any(row.captions) for row in rows)
     step_y, group = height + GAP + (LINE if captioned else 0), per_group * (side + GAP) + GAP
     width = max(GAP + columns * group, 7 * max(len(title), len(foot)) + 2 * GAP)
-    top = GAP + 2 * LINE
+    names = dict(sources or {})
+    top = GAP + (3 if names else 2) * LINE
     image = Image.new("RGB", (width, top + lines * step_y + LINE + GAP), (255, 255, 255))
     draw = ImageDraw.Draw(image)
     draw.text((GAP, GAP // 2), title, fill=(0, 0, 0))
@@ -93,7 +105,10 @@ def contact_sheet(rows: Sequence[Row], *, heads: Sequence[str], title: str, foot
         for column, cell in enumerate(cells):
             x = left + column * (side + GAP)
             if number % lines == 0 and column < len(heads):
-                draw.text((x, GAP // 2 + LINE), heads[column], fill=(90, 90, 90))
+                draw.text((x, top - GAP // 2 - LINE), heads[column][: side // 6], fill=(90, 90, 90))
+            if number % lines == 0 and column in names:
+                span = min((other for other in names if other > column), default=per_group) - column
+                draw.text((x, GAP // 2 + LINE), names[column][: span * side // 6], fill=(0, 0, 0))
             image.paste(Image.fromarray(cell), (x, y))
             if column < len(rows[number].captions):
                 draw.text((x, y + cell.shape[0]), rows[number].captions[column][: side // 6], fill=(60, 60, 60))

@@ -8,9 +8,10 @@ import pytest
 from conftest import execute, shell
 from PIL import Image
 
-from rbkit.cli._pictures import PictureWriter
+from rbkit.cli._pictures import PictureWriter, names_of
 from rbkit.formats.figures import training_curves
 from rbkit.formats.png import open_picture
+from rbkit.formats.sheet import CELL, GAP
 
 
 def test_view(tmp_path: Path) -> None:
@@ -69,3 +70,46 @@ def test_check_and_replay(tmp_path: Path) -> None:
     line = execute("rb-info", "--replay", path).out.decode().strip()
     assert shell(f"{line} > again.safetensors", cwd=tmp_path).status == 0
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["out/standard.ig.safetensors", "out/robust.ig.safetensors"], ["standard", "robust"]),
+        (["eps0.5-3.classes.safetensors", "eps1.5-3.classes.safetensors"], ["eps0.5-3", "eps1.5-3"]),
+        (["a.ig.safetensors", "a.shap.safetensors"], ["a.ig", "a.shap"]),
+        (["a.safetensors", "b.rbs"], ["a.safetensors", "b.rbs"]),
+        (["x.safetensors", "y/x.safetensors"], ["x", "x"]),
+        (["-"], ["-"]),
+    ],
+)
+def test_streams_of_a_sheet_are_called_by_their_files(paths: list[str], names: list[str]) -> None:
+    assert names_of(paths) == names
+
+
+def test_inversions_begun_alike_show_their_start_once(tmp_path: Path, stream_file: Path, model_file: Path) -> None:
+    """Image, start and both results are four cells in a row; of other starts it is five."""
+    few = tmp_path / "few.safetensors"
+    assert execute("rb-data", "shapes", "--n", 2, "-o", few).status == 0
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        argv = (
+            few,
+            "-m",
+            model_file,
+            "--start",
+            "noise",
+            "--steps",
+            1,
+            "--seed",
+            seed,
+            "-q",
+            "-o",
+            tmp_path / f"{name}.safetensors",
+        )
+        assert execute("rb-invert", *argv).status == 0
+    for pair, cells in (("ab", 4), ("ac", 5)):
+        sheet = tmp_path / f"{pair}.png"
+        result = execute("rb-view", *(tmp_path / f"{name}.safetensors" for name in pair), "-o", sheet)
+        assert result.status == 0, result.err
+        with Image.open(sheet) as drawn:
+            assert drawn.width == GAP + cells * (CELL + GAP) + GAP

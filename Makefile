@@ -389,10 +389,10 @@ bench: $(BENCH)/.installed  ## our tools, the commands and other libraries side 
 AUTOATTACK_IMAGES ?= 200
 PICTURES ?=
 FASHION := $(wildcard /usr/share/datasets/fashion-mnist)
-cases = $(foreach b,$(3),$(1)-$(2)=$(OUT)/$(1)/$(2).safetensors,$(OUT)/$(1)/test.safetensors,$(b))
-AUTOATTACK_CASES = $(foreach m,standard robust,$(call cases,shapes,$(m),l2:0.5 linf:2/255)) \
-    $(if $(FASHION),$(call cases,fashion-mnist,robust,l2:1.0 linf:8/255)) \
-    $(if $(PICTURES),$(call cases,folder,robust,l2:0.5 linf:2/255))
+in_balls = $(foreach b,$(3),$(1)-$(2)=$(OUT)/$(1)/$(2).safetensors,$(OUT)/$(1)/test.safetensors,$(b))
+AUTOATTACK_CASES = $(foreach m,standard robust,$(call in_balls,shapes,$(m),l2:0.5 linf:2/255)) \
+    $(if $(FASHION),$(call in_balls,fashion-mnist,robust,l2:1.0 linf:8/255)) \
+    $(if $(PICTURES),$(call in_balls,folder,robust,l2:0.5 linf:2/255))
 study_files = $(MAKE) --no-print-directory DATA=$(1) $(foreach f,$(2) robust test,$(OUT)/$(1)/$(f).safetensors)
 bench-autoattack: $(BENCH)/.installed  ## auto and fab-t against the reference: AUTOATTACK=DIR PICTURES=DIR
 	$(call study_files,shapes,standard)

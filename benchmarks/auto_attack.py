@@ -25,7 +25,7 @@ from torch import Tensor
 from rbkit.cli import _io
 from rbkit.cli._compute import load_model
 from rbkit.tools.ascend import Batch, polling
-from rbkit.tools.attack import TARGETS, Attack, Attacked, auto, fab_t, run
+from rbkit.tools.attack import QUERIES, STEPS, TARGETS, Attack, Attacked, auto, fab_t, run
 from rbkit.tools.examples import as_float
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.norms import NORMS
@@ -36,7 +36,7 @@ REFERENCE_NORM = {"l2": "L2", "linf": "Linf"}
 
 @dataclass(frozen=True)
 class Case:
-    """A model under attack: images (N, C, H, W) in [0, 1] with labels, and the ball."""
+    """A model under attack: images (N, C, H, W) in [0, 1] with labels, the ball, and how much is tried."""
 
     name: str
     model: Classifier
@@ -44,6 +44,8 @@ class Case:
     labels: Tensor
     norm: str
     eps: float
+    steps: int = STEPS
+    queries: int = QUERIES
 
     @property
     def targets(self) -> int:
@@ -80,7 +82,7 @@ def read(path: str, count: int) -> tuple[Tensor, Tensor]:
     return as_float(torch.from_numpy(image.copy())[rows]), torch.from_numpy(label.copy())[rows]
 
 
-def case_of(text: str, count: int) -> Case:
+def case_of(text: str, count: int, **effort: int) -> Case:
     """A case as it is written on the command line: NAME=MODEL,STREAM,NORM:EPS."""
     name, _, rest = text.partition("=")
     model, stream, ball = rest.split(",")
@@ -88,7 +90,7 @@ def case_of(text: str, count: int) -> Case:
     top, _, bottom = eps.partition("/")
     plain = load_model(model, archs=None, device=torch.device("cpu")).classifier.requires_grad_(False)
     images, labels = read(stream, count)
-    return Case(name, plain, images, labels, norm, float(top) / float(bottom or 1))
+    return Case(name, plain, images, labels, norm, float(top) / float(bottom or 1), **effort)
 
 
 @contextlib.contextmanager
@@ -109,12 +111,20 @@ def ours(case: Case, spec: Attack) -> Run:
     return Run(found.outcome.images, found.success, **spent, distance=found.distance)
 
 
-def theirs(case: Case, package: ModuleType) -> Run:
-    """The standard protocol of the reference, on the model as it was trained."""
+def set_up(case: Case, package: ModuleType) -> Any:
+    """The standard protocol of the reference for a case."""
     norm = REFERENCE_NORM[case.norm]
     attack = package.AutoAttack(case.model, norm=norm, eps=case.eps, seed=0, version="standard", device="cpu")
     attack.verbose = False
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = case.targets
+    attack.apgd.n_iter = attack.apgd_targeted.n_iter = attack.fab.n_iter = case.steps
+    attack.square.n_queries = case.queries
+    return attack
+
+
+def theirs(case: Case, package: ModuleType) -> Run:
+    """The standard protocol of the reference, on the model as it was trained."""
+    attack = set_up(case, package)
     with timed(case.model) as taken:
         found = attack.run_standard_evaluation(case.images, case.labels)
         spent = taken()
@@ -125,8 +135,7 @@ def theirs(case: Case, package: ModuleType) -> Run:
 
 def their_fab(case: Case, package: ModuleType) -> Run:
     """The reference's FAB towards each target, whatever the distance: as a whole it stops at the first point in the ball."""
-    norm = REFERENCE_NORM[case.norm]
-    attack = package.AutoAttack(case.model, norm=norm, eps=case.eps, seed=0, version="standard", device="cpu").fab
+    attack = set_up(case, package).fab
     distance, nearest = torch.full((len(case.labels),), torch.inf), case.images.clone()
     with timed(case.model) as taken:
         for target in range(2, case.targets + 2):
@@ -152,7 +161,7 @@ def protocol(case: Case, package: ModuleType) -> str:
     with torch.no_grad():
         clean = (case.model(case.images).argmax(1) == case.labels).double().mean()
     peer = theirs(case, package)
-    mine = ours(case, auto(norm=case.norm, eps=case.eps, seed=0))
+    mine = ours(case, auto(norm=case.norm, eps=case.eps, steps=case.steps, queries=case.queries, targets=case.targets))
     runs = (peer, mine)
     cells = [case.name, f"{case.norm} {case.eps:.4g}", str(len(case.labels)), f"{clean:.3f}"]
     cells += [f"{1 - found.broken.double().mean():.3f}" for found in runs]
@@ -164,7 +173,8 @@ def protocol(case: Case, package: ModuleType) -> str:
 
 def distances(case: Case, package: ModuleType) -> str:
     """A line of the table of minimal distances: medians over images that are right at first and that both broke."""
-    peer, mine = their_fab(case, package), ours(case, fab_t(norm=case.norm, eps=case.eps, seed=0, targets=case.targets))
+    peer = their_fab(case, package)
+    mine = ours(case, fab_t(norm=case.norm, eps=case.eps, steps=case.steps, targets=case.targets))
     assert peer.distance is not None and mine.distance is not None
     both = peer.distance.isfinite() & mine.distance.isfinite() & (peer.distance > 0) & (mine.distance > 0)
     middle = [float(found.distance[both].median()) for found in (peer, mine)]  # type: ignore[index]
@@ -195,15 +205,18 @@ def main() -> None:
     parser.add_argument("case", nargs="+", help="NAME=MODEL,STREAM,NORM:EPS")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--fab-images", type=int, default=100, help="images whose distances are compared; 0 for none")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of every gradient attack, on each target")
+    parser.add_argument("--queries", type=int, default=QUERIES, help="of Square")
     parser.add_argument("--reference", type=Path, help="folder of the reference's code; default: pyautoattack")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/AUTOATTACK.md"))
     given = parser.parse_args()
     package = reference(given.reference)
+    effort = {"steps": given.steps, "queries": given.queries}
     lines = [
         "# `--attack auto` against AutoAttack\n",
         f"Written by `make bench-autoattack`. {processor()}; {versions()}; reference: {package.__name__}. Both in process, one run",
-        "each, 100 steps, 1 restart, 5,000 queries, seed 0, 9 targets or as many as there are other classes. The reference runs",
-        "on the model as trained and is judged by it, rbkit on the folded form. Forward images include those that go back.\n",
+        f"each, {given.steps} steps, 1 restart, {given.queries} queries, seed 0, 9 targets or as many as there are other classes. The reference runs",
+        "on the model as trained and is judged by it, rbkit on the folded form. Forward images include those that go back and padding.\n",
     ]
     parts = [(protocol, PROTOCOL, given.images, "")]
     if given.fab_images:
@@ -211,7 +224,7 @@ def main() -> None:
     for measure, names, count, text in parts:
         lines += [*([text] if text else []), *heads(names)]
         for written in given.case:
-            lines.append(measure(case_of(written, count), package))
+            lines.append(measure(case_of(written, count, **effort), package))
             print(lines[-1], flush=True)
     given.output.write_text("\n".join(lines) + "\n")
 

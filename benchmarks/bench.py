@@ -34,9 +34,10 @@ def protocol(setting: Setting) -> Iterator[str]:
         yield f"Not measured: {error}\n"
         return
     lines = auto_attack.heads(auto_attack.PROTOCOL)
+    effort = {"steps": 5, "queries": 20} if setting.quick else {}
     for model in ("standard", "robust"):
         place = setting.bed(model, setting.size(64))
-        case = auto_attack.Case(model, place.plain, place.images, place.labels, "l2", EPS["l2"])
+        case = auto_attack.Case(model, place.plain, place.images, place.labels, "l2", EPS["l2"], **effort)
         lines.append(auto_attack.protocol(case, package))
     yield "\n".join(lines) + "\n"
 

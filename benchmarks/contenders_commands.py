@@ -28,7 +28,7 @@ def defaults(setting: Setting) -> Iterator[Group]:
         "rb-attack | rb-score": f"rb-attack {stream} -m {model} -q | rb-score -m {model} -q --json",
     }
     contenders = {name: functools.partial(command, line, setting.folder) for name, line in lines.items()}
-    yield Group("Installed commands at their defaults", setting.images, contenders)
+    yield Group("Installed commands at their defaults", setting.images, contenders, rounds=3)
 
 
 def pipe(setting: Setting) -> Iterator[Group]:
@@ -94,5 +94,5 @@ def starts(setting: Setting) -> Iterator[Group]:
         "Start: first result of a pipe of three commands", SMALL,
         {"torch imported three times at once": functools.partial(command, imports, setting.folder)}
         | {name: functools.partial(first_byte, line, setting) for name, line in pipes.items()},
-        reference="torch imported three times at once",
+        reference="torch imported three times at once", rounds=3,
     )  # fmt: skip

@@ -91,14 +91,16 @@ def shap_gradient(place: Bed, net: nn.Module) -> None:
     explainer.shap_values(place.images, nsamples=POINTS, ranked_outputs=1)
 
 
-def map_group(place: Bed, title: str, method: str, peers: dict[str, Peer], *, passes: int = 0) -> Group:
+def map_group(
+    place: Bed, title: str, method: str, peers: dict[str, Peer], *, passes: int = 0, rounds: int | None = None
+) -> Group:
     """An attribution by us and by peers: on the network as their user has it, and on ours, which leaves the harnesses alone."""
     work: dict[str, Work] = {"rbkit": functools.partial(ours, place, method)}
     for name, peer in peers.items():
         work[name] = functools.partial(peer, place, place.plain)
         work[f"{name}, our network"] = functools.partial(peer, place, place.best)
     floors: dict[str, Work] = {"floor": functools.partial(gradient_passes, place, passes)} if passes else {}
-    return Group(f"{title}, resnet8", len(place.images), work, floors=floors)
+    return Group(f"{title}, resnet8", len(place.images), work, floors=floors, rounds=rounds)
 
 
 def maps(setting: Setting) -> Iterator[Group]:
@@ -106,11 +108,11 @@ def maps(setting: Setting) -> Iterator[Group]:
     place = setting.bed("robust", setting.size(64))
     yield map_group(place, f"Integrated gradients, {POINTS} intervals", "ig", {"captum": captum_ig}, passes=POINTS + 1)
     gradient_shap: dict[str, Peer] = {"captum GradientShap": captum_shap, "shap GradientExplainer": shap_gradient}
-    yield map_group(place, f"Expected gradients, {POINTS} samples", "shap", gradient_shap, passes=POINTS)
+    yield map_group(place, f"Expected gradients, {POINTS} samples", "shap", gradient_shap, passes=POINTS, rounds=3)
     yield map_group(
         place, f"Occlusion, windows of {WINDOW}, stride {STRIDE}", "occlusion", {"captum": captum_occlusion}
     )
     shapley: dict[str, Peer] = {"shap": shap_permutation, "captum": captum_shapley}
     title = f"Permutation Shapley values, {PLAYERS} players, {WALKS} permutations both ways"
     few = setting.bed("robust", 2 if setting.quick else 8)
-    yield map_group(few, title, "permutation-shap", shapley)
+    yield map_group(few, title, "permutation-shap", shapley, rounds=3)

@@ -114,7 +114,8 @@ def ours(case: Case, spec: Attack) -> Run:
 def set_up(case: Case, package: ModuleType) -> Any:
     """The standard protocol of the reference for a case."""
     norm = REFERENCE_NORM[case.norm]
-    attack = package.AutoAttack(case.model, norm=norm, eps=case.eps, seed=0, version="standard", device="cpu")
+    with silence():
+        attack = package.AutoAttack(case.model, norm=norm, eps=case.eps, seed=0, version="standard", device="cpu")
     attack.verbose = False
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = case.targets
     attack.apgd.n_iter = attack.apgd_targeted.n_iter = attack.fab.n_iter = case.steps

@@ -57,7 +57,7 @@ def pipe(setting: Setting) -> Iterator[Group]:
     yield Group(
         f"PGD-{STEPS} without early exit through a pipe of three commands", count,
         {name: functools.partial(through, images) for images, name in names.items()}, floors={"floor": floor},
-        reference=names[count], rounds=2, warm=False, after=shares,
+        reference=names[count], rounds=2, warm=False, asked="90 % of the floor", after=shares,
     )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def starts(setting: Setting) -> Iterator[Group]:
     names = sorted(script.name for script in entry_points(group="console_scripts") if script.name.startswith("rb-"))
     lines = {"a bare typer program": f"{PYTHON} bare.py --help"} | {name: f"{name} --help" for name in names}
     contenders = {name: functools.partial(command, line, setting.folder) for name, line in lines.items()}
-    yield Group("Start: --help", 1, contenders, reference="a bare typer program")
+    yield Group("Start: --help", 1, contenders, reference="a bare typer program", asked="1.5 times at most")
 
     model, stream = setting.model("robust").name, setting.stream(SMALL).name
     imports = " | ".join([f"{PYTHON} -c 'import torch'"] * 3)
@@ -94,5 +94,5 @@ def starts(setting: Setting) -> Iterator[Group]:
         "Start: first result of a pipe of three commands", SMALL,
         {"torch imported three times at once": functools.partial(command, imports, setting.folder)}
         | {name: functools.partial(first_byte, line, setting) for name, line in pipes.items()},
-        reference="torch imported three times at once", rounds=3,
+        reference="torch imported three times at once", rounds=3, asked="1.3 times at most",
     )  # fmt: skip

@@ -89,12 +89,12 @@ def draw(by_images: dict[str, list[Point]], by_points: dict[str, list[Point]], p
         for name, points in found.items():
             values = [point.seconds if up == "s" else max(point.peaks) for point in points]
             axes.plot([point.amount for point in points], values, marker="o", label=name)
-        axes.set(xlabel=across, ylabel="seconds" if up == "s" else "peak memory, MiB", xscale="log")
+        axes.set(xlabel=across, ylabel="seconds" if up == "s" else "peak memory, MiB")
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.legend(fontsize="x-small")
-    panels[0].set_yscale("log")
     panels[1].set_ylim(0, LIMIT)
     panels[2].set_ylim(0, LIMIT)
+    panels[2].set_xscale("log")
     path.write_bytes(figures.render(figure, form=path.suffix[1:]))
 
 

@@ -47,7 +47,7 @@ class Group:
     kind, `floor_passes` images each, from which the floor of a contender follows by the passes that it made of `networks`.
     reference: the row that ratios are to; the first one of rbkit where None. heading: of the column of what contenders
     found. rounds: fewer than asked for, where a round is long; warm: one round before, which is not counted.
-    after: text below the table.
+    asked: what the project set itself; after: more text below the table.
     """
 
     title: str
@@ -60,6 +60,7 @@ class Group:
     heading: str = ""
     rounds: int | None = None
     warm: bool = True
+    asked: str = ""
     after: Callable[[Group], str] | None = None
     seconds: dict[str, list[float]] = field(default_factory=dict)
     passes: dict[str, Passes] = field(default_factory=dict)
@@ -172,6 +173,8 @@ def table(group: Group) -> str:
     lines.append("|---" * len(heads) + "|")
     lines += [line(_row(group, name, median.get(own or ""))) for name in median]
     lines += [line([name, f"not measured: {why}", *[""] * (len(heads) - 2)]) for name, why in group.failed.items()]
+    if group.asked:
+        lines += ["", f"Asked for: {group.asked}."]
     if group.after is not None and not group.failed:
         lines += ["", group.after(group)]
     return "\n".join(lines) + "\n"

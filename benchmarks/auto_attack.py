@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Passes, counted, line, processor, silence, versions
+from harness import Passes, counted, line, processor, silence, use_threads, versions
 from torch import Tensor
 
 from rbkit.cli import _io
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="folder of the reference's code; default: pyautoattack")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/AUTOATTACK.md"))
     given = parser.parse_args()
+    use_threads()
     package = reference(given.reference)
     effort = {"steps": given.steps, "queries": given.queries}
     lines = [

@@ -20,7 +20,7 @@ from contenders_maps import maps
 from contenders_scores import scores
 from contenders_training import training
 from growth import growth
-from harness import Group, measure, processor, table, versions
+from harness import Group, measure, processor, table, use_threads, versions
 
 HERE = Path(__file__).parent
 
@@ -94,6 +94,7 @@ def setting_of(given: argparse.Namespace) -> Setting:
 def main() -> None:
     """Measure everything and write the tables."""
     given = parsed()
+    use_threads()
     setting = setting_of(given)
     parts = [
         "# What the tools cost\n",

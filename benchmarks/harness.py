@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
+import os
 import statistics
 import sys
 import time
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from rbkit.cli._compute import available_threads
 
 PEERS = (
     "torchattacks", "foolbox", "adversarial-robustness-toolbox", "captum", "shap", "quantus", "pyautoattack",
@@ -189,6 +192,11 @@ def versions() -> str:
         except importlib.metadata.PackageNotFoundError:
             found.append(f"{name} absent")
     return ", ".join(found)
+
+
+def use_threads() -> None:
+    """As many threads in process as the commands take; torch by itself may count cores otherwise."""
+    torch.set_num_threads(int(os.environ.get("RB_THREADS") or available_threads()))
 
 
 def processor() -> str:

@@ -83,7 +83,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # One thread count for every run, so that make -j1 and make -j2 give equal bytes.
 export RB_THREADS ?= $(shell nproc)
 
-.PHONY: help setup study test test-cluster lint man cases bench clean FORCE
+.PHONY: help setup study test test-cluster lint man cases bench bench-autoattack clean FORCE
 
 help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -388,8 +388,30 @@ $(BENCH)/.installed: benchmarks/peers.txt | setup
 	    > "$$($(BENCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -r benchmarks/peers.txt
 	touch $@
+# Options of bench.py; folders of code that no registry has: the reference AutoAttack (without one, pyautoattack of the
+# registry) and the paper's.
+BENCH_ARGS ?=
+AUTOATTACK ?=
+PAPER_CODE ?=
 bench: $(BENCH)/.installed  ## our tools, the commands and other libraries side by side
-	$(BENCH)/bin/python benchmarks/bench.py
+	$(BENCH)/bin/python benchmarks/bench.py $(if $(AUTOATTACK),--auto-attack $(AUTOATTACK)) $(if $(PAPER_CODE),--paper $(PAPER_CODE)) $(BENCH_ARGS)
+
+# On the study's models of each data set at hand, in two balls that leave about as much. PICTURES: a folder of
+# train|test/CLASS/PICTURE.
+AUTOATTACK_IMAGES ?= 200
+PICTURES ?=
+FASHION := $(wildcard /usr/share/datasets/fashion-mnist)
+in_balls = $(foreach b,$(3),$(1)-$(2)=$(OUT)/$(1)/$(2).safetensors,$(OUT)/$(1)/test.safetensors,$(b))
+AUTOATTACK_CASES = $(foreach m,standard robust,$(call in_balls,shapes,$(m),l2:0.5 linf:2/255)) \
+    $(if $(FASHION),$(call in_balls,fashion-mnist,robust,l2:1.0 linf:8/255)) \
+    $(if $(PICTURES),$(call in_balls,folder,robust,l2:0.5 linf:2/255))
+study_files = $(MAKE) --no-print-directory DATA=$(1) $(foreach f,$(2) robust test,$(OUT)/$(1)/$(f).safetensors)
+bench-autoattack: $(BENCH)/.installed  ## auto and fab-t against the reference: AUTOATTACK=DIR PICTURES=DIR
+	$(call study_files,shapes,standard)
+	$(if $(FASHION),$(call study_files,fashion-mnist))
+	$(if $(PICTURES),$(call study_files,folder) ROOT=$(PICTURES))
+	$(BENCH)/bin/python benchmarks/auto_attack.py $(AUTOATTACK_CASES) --images $(AUTOATTACK_IMAGES) \
+	    $(if $(AUTOATTACK),--reference $(AUTOATTACK))
 
 clean:  ## remove out/ (the study) but not .venv
 	rm -rf $(OUT)

@@ -1,0 +1,132 @@
+"""What benchmarks work on: models that the commands train once, images, and the floor of a model's own passes."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rbkit.cli._compute import load_model
+from rbkit.tools import shapes
+from rbkit.tools.examples import Data, as_float
+from rbkit.tools.models import Classifier, Evaluation
+
+BLOCK = 64
+EPS = {"l2": 0.5, "linf": 2 / 255}  # of the models that are robust to L2 0.5: both balls leave about as much
+BALL = f"--eps {EPS['l2']} --steps 3 --eps-ramp 0.5"
+# Name to (rows, epochs, options of rb-train). resnet18 learns little in so little time, but enough to be attacked.
+MODELS = {
+    "standard": (4000, 8, "--batch 64 --augment crop"),
+    "robust": (4000, 8, f"--batch 64 --augment crop {BALL}"),
+    "resnet18": (1000, 2, "--arch resnet18 --batch 32 --lr 0.05 --augment none"),
+    "resnet18-robust": (1000, 4, f"--arch resnet18 --batch 32 --lr 0.05 --augment none {BALL}"),
+}
+
+
+@dataclass
+class Bed:
+    """A model in the form that peers get and in ours, images (N, 3, 32, 32) in [0, 1] with labels, and background."""
+
+    plain: Classifier
+    best: Evaluation
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    background: Tensor
+    data: Data
+
+    def blocks(self) -> list[tuple[Tensor, Tensor]]:
+        """Images and labels, as many at a time as ours computes."""
+        return list(zip(self.images.split(BLOCK), self.labels.split(BLOCK), strict=True))
+
+    def agreed(self) -> Bed:
+        """The same with labels as the model has them: no image is broken before the attack, so that none is skipped."""
+        return replace(self, labels=self.best.logits(self.images).argmax(1))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much is measured, where, and where peers are that no registry has; quick: only that everything runs."""
+
+    folder: Path
+    output: Path
+    images: int = 256
+    rounds: int = 5
+    quick: bool = False
+    large: bool = False
+    full: bool = False
+    paper: Path | None = None
+    auto_attack: Path | None = None
+
+    @property
+    def figure(self) -> Path:
+        """Where the figure of growth goes: beside the table."""
+        return self.output.with_name("growth.svg")
+
+    def size(self, usual: int) -> int:
+        """A number of images, or a handful where it is only to be seen that things work."""
+        return min(usual, 8) if self.quick else usual
+
+    def model(self, name: str) -> Path:
+        """The file of a model, trained by the commands where it is not there yet."""
+        path, (rows, epochs, options) = self.folder / f"{name}.safetensors", MODELS[name]
+        rows, epochs = (128, 1) if self.quick else (rows, epochs)
+        if not path.exists():
+            source = f"rb-data shapes --split train --n {rows}"
+            train = f"rb-train - {options} --epochs {epochs} -q -o {path.name}"
+            command(f"{source} | {train}", self.folder)
+        return path
+
+    def stream(self, count: int) -> Path:
+        """A file of so many test images."""
+        path = self.folder / f"test-{count}.safetensors"
+        if not path.exists():
+            command(f"rb-data shapes --n {count} -q -o {path.name}", self.folder)
+        return path
+
+    def agreed_stream(self, model: str, count: int) -> Path:
+        """A file of so many test images, labelled as a model has them."""
+        path = self.folder / f"test-{count}-{model}.safetensors"
+        if not path.exists():
+            place = self.bed(model, count).agreed()
+            save_file({"image": place.images, "label": place.labels}, path)
+        return path
+
+    def bed(self, model: str, count: int) -> Bed:
+        """A model and so many test images."""
+        plain = load_model(str(self.model(model)), archs=None, device=torch.device("cpu")).classifier
+        ids = torch.arange(max(count, 100))
+        drawn = shapes.generate(ids, seed=0, split="train")
+        test = shapes.generate(torch.arange(count), seed=0, split="test")
+        place = Bed(
+            plain.requires_grad_(False), Evaluation(plain, block=BLOCK), as_float(test["image"]), test["label"],
+            torch.arange(count), as_float(drawn["image"][:100]), Data(drawn["image"], drawn["label"], ids),
+        )  # fmt: skip
+        # A model that has learned nothing is right about nothing, and nothing would be attacked.
+        return place.agreed() if self.quick else place
+
+
+def command(line: str, folder: Path) -> None:
+    """Run a line of shell. Raises: CalledProcessError where any command of a pipe fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+
+def gradient_passes(place: Bed, count: int) -> None:
+    """`count` forward and input-gradient passes of all images, in blocks, and nothing else."""
+    for images, labels in place.blocks():
+        for _ in range(count):
+            x = images.detach().requires_grad_()
+            torch.autograd.grad(place.best(x).gather(1, labels[:, None]).sum(), x)
+
+
+@torch.no_grad()
+def forward_passes(place: Bed, count: int) -> None:
+    """`count` forward passes of all images, in blocks, and nothing else."""
+    for images, _ in place.blocks():
+        for _ in range(count):
+            place.best(images)

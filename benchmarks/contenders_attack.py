@@ -1,0 +1,128 @@
+"""PGD by us and by other libraries, with all of its steps, and robust accuracy, for which broken images need no more."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from bed import EPS, Bed, Setting, gradient_passes
+from harness import Group, Told
+from torch import nn
+
+from rbkit.tools.ascend import Batch, polling
+from rbkit.tools.attack import pgd, run
+
+STEPS = 20
+
+
+def ours(place: Bed, *, norm: str, until: str) -> Told:
+    """PGD as rb-attack does it."""
+    spec = pgd(norm=norm, eps=EPS[norm], steps=STEPS, until=until)
+    batch = Batch(place.ids, place.images, {"label": place.labels})
+    broken = torch.cat([result.success for _, result in run(place.best, spec, polling([batch]))])
+    return Told(f"{1 - broken.double().mean():.3f}")
+
+
+def torchattacks_pgd(place: Bed, *, norm: str) -> Told:
+    """torchattacks' PGD, in blocks of 64, and the accuracy that is left."""
+    import torchattacks
+
+    kind = torchattacks.PGDL2 if norm == "l2" else torchattacks.PGD
+    attack = kind(place.plain, eps=EPS[norm], alpha=2.5 * EPS[norm] / STEPS, steps=STEPS, random_start=True)
+    right = 0
+    for images, labels in place.blocks():
+        moved = attack(images, labels)
+        with torch.no_grad():
+            right += int((place.plain(moved).argmax(1) == labels).sum())
+    return Told(f"{right / len(place.images):.3f}")
+
+
+def foolbox_pgd(place: Bed, *, norm: str) -> None:
+    """foolbox' PGD, in blocks of 64."""
+    import foolbox
+
+    model = foolbox.PyTorchModel(place.plain, bounds=(0, 1), device="cpu")
+    kind = foolbox.attacks.L2ProjectedGradientDescentAttack if norm == "l2" else foolbox.attacks.LinfPGD
+    attack = kind(abs_stepsize=2.5 * EPS[norm] / STEPS, steps=STEPS, random_start=True)
+    for images, labels in place.blocks():
+        attack(model, images, labels, epsilons=[EPS[norm]])
+
+
+def art_pgd(place: Bed, *, norm: str) -> None:
+    """The Adversarial Robustness Toolbox' PGD, in blocks of 64."""
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    model = PyTorchClassifier(
+        place.plain, nn.CrossEntropyLoss(), tuple(place.images.shape[1:]), 8, clip_values=(0, 1), device_type="cpu"
+    )
+    attack = ProjectedGradientDescentPyTorch(
+        model, norm=2 if norm == "l2" else "inf", eps=EPS[norm], eps_step=2.5 * EPS[norm] / STEPS, max_iter=STEPS,
+        num_random_init=1, batch_size=64, verbose=False,
+    )  # fmt: skip
+    attack.generate(place.images.numpy(), place.labels.numpy())
+
+
+def captum_pgd(place: Bed, *, norm: str) -> None:
+    """captum's PGD, in blocks of 64."""
+    from captum.robust import PGD
+
+    attack = PGD(place.plain, lower_bound=0, upper_bound=1)
+    for images, labels in place.blocks():
+        attack.perturb(
+            images, radius=EPS[norm], step_size=2.5 * EPS[norm] / STEPS, step_num=STEPS, target=labels, random_start=True,
+            norm="L2" if norm == "l2" else "Linf",
+        )  # fmt: skip
+
+
+def attack_group(place: Bed, title: str, *, norm: str) -> Group:
+    """PGD with all of its steps, of images that the model is right about."""
+    bound = functools.partial
+    return Group(
+        f"PGD-{STEPS} with all steps, {title}", len(place.images),
+        {
+            "rbkit": bound(ours, place, norm=norm, until="end"),
+            "torchattacks": bound(torchattacks_pgd, place, norm=norm),
+            "foolbox": bound(foolbox_pgd, place, norm=norm),
+            "ART": bound(art_pgd, place, norm=norm),
+            "captum": bound(captum_pgd, place, norm=norm),
+        },
+        floors={"floor": bound(gradient_passes, place, STEPS)}, heading="share unbroken", rounds=3,
+        asked="95 % of the floor",
+    )  # fmt: skip
+
+
+def accuracy_group(place: Bed, title: str, *, asked: float, rounds: int, warm: bool = True) -> Group:
+    """Robust accuracy: ours by default, where a broken image leaves its place to the next one."""
+    contenders = {
+        "rbkit, until broken": functools.partial(ours, place, norm="l2", until="broken"),
+        "torchattacks": functools.partial(torchattacks_pgd, place, norm="l2"),
+    }
+    return Group(
+        f"Robust accuracy under PGD-{STEPS}, L2, {title}", len(place.images), contenders, heading="robust accuracy",
+        rounds=rounds, warm=warm, asked=f"torchattacks takes {asked:g} times as long or more",
+    )  # fmt: skip
+
+
+def attacks(setting: Setting) -> Iterator[Group]:
+    """All steps, both norms."""
+    place = setting.bed("robust", setting.images).agreed()
+    for norm, title in (("l2", "L2"), ("linf", "Linf")):
+        yield attack_group(place, f"{title}, robust resnet8", norm=norm)
+
+
+def accuracy(setting: Setting) -> Iterator[Group]:
+    """On enough images for refilling to matter: eight blocks."""
+    for model, asked in (("standard", 6), ("robust", 3)):
+        yield accuracy_group(setting.bed(model, setting.size(512)), f"{model} resnet8", asked=asked, rounds=3)
+
+
+def resnet18(setting: Setting) -> Iterator[Group]:
+    """The same on a large network; a round is long, so there are few."""
+    count = setting.size(128)
+    yield accuracy_group(setting.bed("resnet18", count), "standard resnet18", asked=2, rounds=2, warm=False)
+    if setting.large:
+        robust = setting.bed("resnet18-robust", count)
+        yield accuracy_group(robust, "robust resnet18", asked=2, rounds=2, warm=False)
+        yield attack_group(setting.bed("resnet18", setting.size(32)).agreed(), "L2, standard resnet18", norm="l2")

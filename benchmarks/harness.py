@@ -1,0 +1,204 @@
+"""What all benchmarks share: contenders that take turns, floors, counts of passes, and the table."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rbkit.cli._compute import available_threads
+
+PEERS = (
+    "torchattacks", "foolbox", "adversarial-robustness-toolbox", "captum", "shap", "quantus", "pyautoattack",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a contender found, for its row, and its seconds where it times itself."""
+
+    text: str = ""
+    seconds: float | None = None
+
+
+@dataclass
+class Passes:
+    """Images that went through a network: forwards alone, or forwards and back to the image."""
+
+    forwards: int = 0
+    pairs: int = 0
+
+
+Work = Callable[[], Told | None]
+
+
+@dataclass
+class Group:
+    """Contenders for one piece of work, name to function, and what was measured of them.
+
+    floors: work that no contender can undercut. A single one is called `floor`; `forward` and `gradient` are passes of one
+    kind, `floor_passes` images each, from which the floor of a contender follows by the passes that it made of `networks`.
+    reference: the row that ratios are to; the first one of rbkit where None. heading: of the column of what contenders
+    found. rounds: fewer than asked for, where a round is long; warm: one round before, which is not counted.
+    asked: what the project set itself; after: more text below the table.
+    """
+
+    title: str
+    images: int
+    contenders: dict[str, Work]
+    floors: dict[str, Work] = field(default_factory=dict)
+    floor_passes: int = 0
+    networks: tuple[nn.Module, ...] = ()
+    reference: str | None = None
+    heading: str = ""
+    rounds: int | None = None
+    warm: bool = True
+    asked: str = ""
+    after: Callable[[Group], str] | None = None
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    passes: dict[str, Passes] = field(default_factory=dict)
+    found: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def median(self) -> dict[str, float]:
+        """Seconds by name."""
+        return {name: statistics.median(values) for name, values in self.seconds.items()}
+
+
+@contextlib.contextmanager
+def counted(*networks: nn.Module) -> Iterator[Passes]:
+    """Count the images that go through these networks meanwhile."""
+    found = Passes()
+
+    def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled() and inputs[0].requires_grad:
+            found.pairs += len(inputs[0])
+        else:
+            found.forwards += len(inputs[0])
+
+    handles = [network.register_forward_pre_hook(count) for network in networks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Nothing that peers print or warn of."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def measure(group: Group, *, rounds: int) -> None:
+    """Time every contender in turn, `rounds` times at most, after one round that is not counted."""
+    turns = group.floors | group.contenders
+    for number in range(-int(group.warm), min(rounds, group.rounds or rounds)):
+        for name, work in turns.items():
+            if name not in group.failed:
+                _turn(group, name, work, counts=number >= 0)
+
+
+def _turn(group: Group, name: str, work: Work, *, counts: bool) -> None:
+    watched = () if counts else group.networks
+    begin = time.perf_counter()
+    try:
+        with counted(*watched) as passes, silence():
+            told = work() or Told()
+    except Exception as error:  # of a peer: what fails there must not stop the table
+        group.failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+        return
+    seconds = time.perf_counter() - begin if told.seconds is None else told.seconds
+    group.found[name] = told.text
+    if counts:
+        group.seconds.setdefault(name, []).append(seconds)
+    elif watched:
+        group.passes[name] = passes
+
+
+def floor_of(group: Group, name: str) -> float | None:
+    """Seconds that the work of a contender takes at least, or None where no floor was measured."""
+    median = group.median
+    if name not in group.passes:
+        return median.get("floor")
+    if name in group.floors or not {"forward", "gradient"} <= set(median):
+        return None
+    passes = group.passes[name]
+    return (passes.forwards * median["forward"] + passes.pairs * median["gradient"]) / group.floor_passes
+
+
+def line(cells: list[str]) -> str:
+    """A line of a table in Markdown."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _row(group: Group, name: str, reference: float | None) -> list[str]:
+    median, values, least = group.median[name], group.seconds[name], floor_of(group, name)
+    cells = [name, f"{median:.3f}", f"{min(values):.3f} to {max(values):.3f}"]
+    work = group.floor_passes if name in group.floors and group.floor_passes else group.images
+    cells.append(f"{work / median:.4g}")
+    if group.floors:
+        cells.append("" if least is None else f"{100 * least / median:.0f}")
+    if group.networks:
+        passes = group.passes.get(name, Passes())
+        each = (passes.forwards / group.images, passes.pairs / group.images)
+        cells.append("" if name in group.floors else " + ".join(f"{count:.4g}" for count in each))
+    cells.append("" if reference is None or name in group.floors else f"{median / reference:.2f}")
+    return [*cells, group.found[name]] if group.heading else cells
+
+
+def table(group: Group) -> str:
+    """A group's results in Markdown."""
+    median = group.median
+    own = group.reference or next((name for name in median if name.startswith("rbkit")), None)
+    heads = ["", "median s", "spread", "images/s"] + (["% of the floor"] if group.floors else [])
+    heads += ["forward + gradient passes an image"] if group.networks else []
+    heads += [f"times {group.reference or 'rbkit'}"] + ([group.heading] if group.heading else [])
+    rounds = max((len(values) for values in group.seconds.values()), default=0)
+    lines = [f"## {group.title}", "", f"{group.images} images, rounds: {rounds}.", "", line(heads)]
+    lines.append("|---" * len(heads) + "|")
+    lines += [line(_row(group, name, median.get(own or ""))) for name in median]
+    lines += [line([name, f"not measured: {why}", *[""] * (len(heads) - 2)]) for name, why in group.failed.items()]
+    if group.asked:
+        lines += ["", f"Asked for: {group.asked}."]
+    if group.after is not None and not group.failed:
+        lines += ["", group.after(group)]
+    return "\n".join(lines) + "\n"
+
+
+def versions() -> str:
+    """What was measured, in one line."""
+    found = [f"torch {torch.__version__}", f"Python {sys.version.split()[0]}"]
+    for name in PEERS:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} absent")
+    return ", ".join(found)
+
+
+def use_threads() -> None:
+    """As many threads in process as the commands take; torch by itself may count cores otherwise."""
+    torch.set_num_threads(int(os.environ.get("RB_THREADS") or available_threads()))
+
+
+def processor() -> str:
+    """The vector instructions of the processor, and the threads in use."""
+    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, no GPU"

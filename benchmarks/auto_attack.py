@@ -22,13 +22,14 @@ import torch
 from harness import Passes, counted, line, processor, silence, use_threads, versions
 from torch import Tensor
 
-from rbkit.cli import _io
+from rbkit.cli import _input
 from rbkit.cli._compute import load_model
 from rbkit.tools.ascend import Batch, polling
-from rbkit.tools.attack import QUERIES, STEPS, TARGETS, Attack, Attacked, auto, fab_t, run
+from rbkit.tools.attack import QUERIES, STEPS, TARGETS, Attack, auto, fab_t
 from rbkit.tools.examples import as_float
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.norms import NORMS
+from rbkit.tools.stages import Attacked, run
 
 ABOVE = 1e-6  # by which an image may be farther than eps before it counts as above the ball: rounding
 REFERENCE_NORM = {"l2": "L2", "linf": "Linf"}
@@ -76,7 +77,7 @@ def reference(folder: Path | None) -> ModuleType:
 
 def read(path: str, count: int) -> tuple[Tensor, Tensor]:
     """`count` images and labels of a stream, evenly from all of it: folders are sorted by class."""
-    chunks = list(_io.chunks(path))
+    chunks = list(_input.chunks(path))
     image, label = (np.concatenate([chunk.arrays[name] for chunk in chunks]) for name in ("image", "label"))
     rows = torch.linspace(0, len(label) - 1, min(count, len(label))).round().long()
     return as_float(torch.from_numpy(image.copy())[rows]), torch.from_numpy(label.copy())[rows]

@@ -11,7 +11,8 @@ from harness import Group, Told
 from torch import nn
 
 from rbkit.tools.ascend import Batch, polling
-from rbkit.tools.attack import pgd, run
+from rbkit.tools.attack import pgd
+from rbkit.tools.stages import run
 
 STEPS = 20
 

@@ -167,8 +167,9 @@ def read(file: BinaryIO, *, name: str, max_pixels: int = MAX_PIXELS) -> Picture:
 def _decode(raw: bytes, shape: _Shape, *, name: str) -> np.ndarray:
     from PIL import Image, ImageOps
 
-    # Our own limit was applied above; Pillow's is raised to what passed it, never lowered or switched off.
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, shape.width * shape.height)
+    # Our own limit was applied above; Pillow's, where there is one, is raised to what passed it, never lowered.
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, shape.width * shape.height)
     try:
         with Image.open(io.BytesIO(raw), formats=["PNG"]) as image:
             image.load()

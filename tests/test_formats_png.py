@@ -212,6 +212,16 @@ def test_the_pixel_limit_can_be_set() -> None:
         decode(build(*PICTURE), max_pixels=5)
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, None), (2, 6), (100, 100)])
+def test_the_limit_of_pillow_is_never_lowered(
+    before: int | None, after: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", before)
+    decode(build(*PICTURE))
+    found = Image.MAX_IMAGE_PIXELS
+    assert found == after
+
+
 def test_many_small_chunks_have_a_limit_together() -> None:
     piece = chunk(b"teSt", bytes(1 << 20))
     with pytest.raises(LimitError, match="bytes of PNG, more than"):

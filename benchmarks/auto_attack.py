@@ -24,11 +24,12 @@ from torch import Tensor
 
 from rbkit.cli import _input
 from rbkit.cli._compute import load_model
-from rbkit.tools.ascend import Batch, polling
 from rbkit.tools.attack import QUERIES, STEPS, TARGETS, Attack, auto, fab_t
 from rbkit.tools.examples import as_float
+from rbkit.tools.flow import polling
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.norms import NORMS
+from rbkit.tools.slots import Batch
 from rbkit.tools.stages import Attacked, run
 
 ABOVE = 1e-6  # by which an image may be farther than eps before it counts as above the ball: rounding

@@ -10,8 +10,9 @@ from bed import EPS, Bed, Setting, gradient_passes
 from harness import Group, Told
 from torch import nn
 
-from rbkit.tools.ascend import Batch, polling
 from rbkit.tools.attack import pgd
+from rbkit.tools.flow import polling
+from rbkit.tools.slots import Batch
 from rbkit.tools.stages import run
 
 STEPS = 20

@@ -11,7 +11,8 @@ from bed import Bed, Setting, gradient_passes
 from harness import Group, Work
 from torch import Tensor, nn
 
-from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.attribution import Saliency
+from rbkit.tools.saliency import explain
 from rbkit.tools.shapley import grid
 
 POINTS = 50  # of a path, and background draws

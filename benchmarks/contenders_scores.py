@@ -11,10 +11,11 @@ from bed import Bed, Setting, forward_passes, gradient_passes
 from harness import Group, Work
 from torch import Tensor, nn
 
+from rbkit.tools.attribution import Saliency
 from rbkit.tools.batch import Batch
 from rbkit.tools.infidelity import SQUARES, squares
 from rbkit.tools.metrics import evaluate
-from rbkit.tools.saliency import Saliency, explain
+from rbkit.tools.saliency import explain
 
 FLOOR_PASSES = 8
 # Parameters by which Quantus makes about as many passes as we: 24 points, the nearest that it takes, for our 20 of two curves

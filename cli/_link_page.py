@@ -85,17 +85,20 @@ def _overview(records: list[dict[str, Any]]) -> list[str]:
 
 
 def _figures(names: list[str]) -> list[str]:
-    """The figures that rb-link drew, two beside each other, with the command that each of them names."""
+    """The figures that rb-link drew, two beside each other, below each command that drew some of them."""
     from rbkit.formats import figures, html
 
-    parts = [html.heading("Figures"), '<div class="pair">'] if names else []
+    drawn: dict[str, list[str]] = {}
     for name in names:
         with blame(Input, OSError, ValueError, prefix=f"{name}: "):
             raw = Path(name).read_bytes()
             command = figures.command_of(raw)
         caption = Path(name).stem.replace("-", " ").replace("_", " ")
-        parts.append(html.picture(raw, caption=caption, command=command))
-    return [*parts, "</div>"] if names else []
+        drawn.setdefault(command, []).append(html.picture(raw, caption=caption))
+    parts = [html.heading("Figures")] if names else []
+    for command, pictures in drawn.items():
+        parts += [html.code(command), '<div class="pair">', *pictures, "</div>"]
+    return parts
 
 
 def _between(value: float | None, low: float | None, high: float | None) -> str:

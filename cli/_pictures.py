@@ -26,6 +26,7 @@ class PictureWriter:
         self.kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.streams: list[int] = []  # rows kept of each
         self.source = ""  # what the stream that comes next is called on a sheet of several
+        self.files: list[str] = []  # names of what a sheet is drawn from, without folders
         self.names: list[str] = []  # of each stream
         self.seen = 0
         self.begin = True
@@ -63,7 +64,8 @@ class PictureWriter:
     def close(self) -> None:
         """Write the sheet."""
         if self.output.lower().endswith(".png"):
-            made = {"sheet": {"rows": self.limit, "spread": self.spread}}
+            files = {"files": self.files} if len(self.files) > 1 else {}
+            made = {"sheet": {"rows": self.limit, "spread": self.spread, **files}}
             text = _text(self.kept[0][1] if self.kept else {}) | made
             _output.write_file(self.output, png.encode(self._sheet(), text=text), no_clobber=self.no_clobber)
 

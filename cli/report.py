@@ -26,6 +26,7 @@ SHEETS = {
     "classes": "Class images grown from Gaussian seeds: seed and result for the standard and the robust model.",
     "inverted-1": "Inverted representations, begun at another test image.",
     "inverted-2": "Inverted representations, begun at a second other image.",
+    "dose": "Class images begun alike, by models of one seed that were trained at rising radius.",
     "units": "Units before the head: the most exciting test image, then what excites the unit most, for both models.",
 }
 
@@ -173,20 +174,25 @@ def _sheet_section(study: Study, sheets: list[str]) -> list[str]:
             raw = Path(name).read_bytes()
         stems = [Path(m).with_suffix("") for m, _ in study.models]
         ending = "rbs" if kind == "attacked" else "safetensors"
-        sources = " ".join(f"{stem}.{kind}.{ending}" for stem in stems)
-        command = f"rb-view {sources} {_sheet_options(name)}-o {Path(name).name}"
+        made = _sheet_made(name)
+        files = [str(Path(name).parent / file) for file in made.get("files", [])]
+        sources = " ".join(files or [f"{stem}.{kind}.{ending}" for stem in stems])
+        command = f"rb-view {sources} {_sheet_options(made)}-o {Path(name).name}"
         parts.append(html.picture(raw, caption=SHEETS.get(kind, kind), command=command))
     return parts
 
 
-def _sheet_options(name: str) -> str:
-    """The options that a sheet was drawn with, as it says itself."""
+def _sheet_made(name: str) -> dict[str, Any]:
+    """How a sheet was drawn, as it says itself: rows, spread, and the files of a sheet of several."""
     from rbkit.formats import png
 
     with blame(Input, FormatError, OSError):
-        drawn = png.open_picture(name).text.get("sheet") or {}
-    rows = f"--rows {drawn['rows']} " if "rows" in drawn else ""
-    return rows + ("--spread " if drawn.get("spread") else "")
+        return png.open_picture(name).text.get("sheet") or {}
+
+
+def _sheet_options(made: dict[str, Any]) -> str:
+    rows = f"--rows {made['rows']} " if "rows" in made else ""
+    return rows + ("--spread " if made.get("spread") else "")
 
 
 def _made_section(study: Study) -> list[str]:

@@ -60,6 +60,7 @@ def view(
 
     with blame(Output, OSError):
         writer = PictureWriter(output, rows=rows, spread=spread, no_clobber=no_clobber)
+    writer.files = [Path(name).name for name in names]
     for name, shown in zip(names, names_of(names), strict=True):
         checker = RowChecker()
         writer.source = shown if len(names) > 1 else ""

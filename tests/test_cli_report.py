@@ -57,7 +57,7 @@ def test_a_population_is_answered_first(tmp_path: Path) -> None:
 
 
 def test_a_population_is_drawn(tmp_path: Path) -> None:
-    """All correlations in one figure, and rb-link's own figures with the command that each names."""
+    """All correlations in one figure, and rb-link's own figures below the command that drew them."""
     link = population(tmp_path)
     assert execute("rb-link", tmp_path / "scores.jsonl", "--figures", tmp_path / "figures").status == 0
     drawn = sorted((tmp_path / "figures").glob("*.svg"))
@@ -65,7 +65,7 @@ def test_a_population_is_drawn(tmp_path: Path) -> None:
     assert execute("rb-report", link, *drawn, "-o", page).status == 0
     text = page.read_text()
     assert len(drawn) == 5 and text.count("<img") == 1 + len(drawn)
-    assert text.count(f"<code>rb-link {tmp_path / 'scores.jsonl'} --figures figures/</code>") == len(drawn)
+    assert text.count(f"<pre>rb-link {tmp_path / 'scores.jsonl'} --figures figures/</pre>") == 1
     (tmp_path / "bad.svg").write_text("<svg")
     result = execute("rb-report", link, tmp_path / "bad.svg", "-o", tmp_path / "r.html")
     assert result.status == 3 and "bad.svg" in result.err and result.err.count("\n") == 1

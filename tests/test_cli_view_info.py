@@ -113,3 +113,5 @@ def test_inversions_begun_alike_show_their_start_once(tmp_path: Path, stream_fil
         assert result.status == 0, result.err
         with Image.open(sheet) as drawn:
             assert drawn.width == GAP + cells * (CELL + GAP) + GAP
+        made = open_picture(str(sheet)).text["sheet"]
+        assert made["files"] == [f"{name}.safetensors" for name in pair]

@@ -108,7 +108,7 @@ def main() -> None:
             parts.append(table(part) if isinstance(part, Group) else part)
             print(parts[-1], flush=True)
         print(f"({name}: {time.perf_counter() - begin:.0f} s)\n", flush=True)
-    setting.output.write_text("\n".join(parts))
+        setting.output.write_text("\n".join(parts))  # what is measured stays where the rest is interrupted
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ TAKES = {  # options that not every source has, and those that have them
     "manifest": ("imagenet-subset",),
     "cue": ("shapes",),
     "keep_going": ("folder", "png"),
+    "label": ("png",),
+    "layout": ("npz",),
+    "size": ("imagenet-subset", "folder", "png"),
+    "grey": ("imagenet-subset", "folder", "png"),
+    "rgb": ("imagenet-subset", "folder", "png"),
 }
 SUBSET_CLASSES, SUBSET_COUNTS, SUBSET_SIZE = 150, "600,50,60", 128
 MAX_PIXELS = 1 << 24
@@ -176,7 +181,8 @@ def _check_options(options: dict[str, Any]) -> None:
     if options["grey"] and options["rgb"]:
         raise Usage("--grey and --rgb exclude each other")
     for name, takers in TAKES.items():
-        if options[name] is not None and kind not in takers:
+        given = options[name] is not None and options[name] is not False  # 0 is a label
+        if given and kind not in takers:
             raise Usage(f"--{name.replace('_', '-')} goes with {', '.join(takers)}, not with {kind}")
     if kind == "imagenet-subset":
         options["classes"] = options["classes"] or SUBSET_CLASSES

@@ -130,3 +130,17 @@ def test_train_and_val_share_no_row(tmp_path: Path) -> None:
         for s in ("train", "val", "trainval")
     }
     assert split["val"] and not split["train"] & split["val"] and split["train"] | split["val"] == split["trainval"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("shapes", "--grey"), ("shapes", "--rgb"), ("fashion-mnist", "--size", 32), ("cifar10", "--root", "x", "--label", 0),
+        ("folder", "x", "--layout", "nchw"), ("npz", "x", "--size", 8), ("idx", "x", "--label", 0),
+    ],
+)  # fmt: skip
+def test_options_of_other_sources_are_refused(argv: tuple[object, ...], tmp_path: Path) -> None:
+    """Rather than taken, recorded, and without effect."""
+    result = execute("rb-data", *argv, "-o", tmp_path / "o.safetensors")
+    assert result.status == 2 and "goes with" in result.err and result.err.count("\n") == 1, result.err
+    assert not list(tmp_path.iterdir())

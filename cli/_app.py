@@ -17,7 +17,7 @@ import typer
 from rbkit.cli import __version__, _log
 from rbkit.cli._errors import Failure, Memory, Output, Stopped, Terminated, reason
 from rbkit.cli._log import note
-from rbkit.cli._progress import ASKING, Heart, answer_signals
+from rbkit.cli._pulse import ASKING, Pulse
 
 __all__ = ["command_of", "note", "program"]
 
@@ -66,13 +66,12 @@ def program(
     def main() -> None:
         _own_descriptors()
         _share_cpus(alone=alone)
-        if not resumable:
-            answer_signals(name)
+        pulse = Pulse(name, asking=() if resumable else ASKING)
         _log.catch_warnings(name)
         _trap(TRAPPED + ASKING if resumable else TRAPPED)
         status, why, killer = 1, None, None
         try:
-            with Heart(name):
+            with pulse:
                 status, why = _run(name, function)
         except Terminated as stop:
             if resumable and stop.signum != signal.SIGINT:

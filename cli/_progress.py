@@ -1,24 +1,20 @@
 """How far a command is, on stderr: a bar on a terminal, at most one plain line a minute elsewhere, nothing with --quiet.
 
-Whoever sends SIGUSR1 or SIGUSR2 gets a line in any case; programs (RB_LOG=json) get a heartbeat every minute instead.
+Who asks, and programs that read along, are told by `_pulse` in any case.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
-import threading
 import time
 from types import TracebackType
 from typing import Any, ClassVar
 
 from rbkit.cli import _log
 
-INTERVAL = 60.0  # seconds between plain lines, and between heartbeats
-ASKING = (signal.SIGUSR1, signal.SIGUSR2)
-BEGUN = time.monotonic()
+INTERVAL = 60.0  # seconds between plain lines
 
 
 def _terminal() -> bool:
@@ -97,52 +93,3 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
-
-
-def _state() -> dict[str, Any]:
-    if Progress.current is not None:
-        return Progress.current.state()
-    return {"seconds": round(time.monotonic() - BEGUN, 3)}
-
-
-def answer_signals(tool: str) -> None:
-    """From now on SIGUSR1 and SIGUSR2 ask for a status line, unless they were ignored at the start."""
-
-    def answer(*_: object) -> None:
-        found = _state()
-        if _log.as_json():
-            _log.emit(tool, "status", **found)
-        elif Progress.current is None:
-            _log.write(f"{tool}: at work for {found['seconds']:.1f} s")
-        else:
-            text = f"{Progress.current.count()} in {found['seconds']:.1f} s, {found['rate']:.1f} per second"
-            _log.write(f"{tool}: {text}")
-
-    for signum in ASKING:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, answer)
-
-
-class Heart:
-    """An event every minute for programs that read along, from a thread of its own: a job that hangs counts no further."""
-
-    def __init__(self, tool: str) -> None:
-        self.tool = tool
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self) -> Heart:
-        if _log.as_json():
-            self.thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.over.set()
-        if self.thread.is_alive():
-            self.thread.join(1)  # what follows is the last event
-
-    def _beat(self) -> None:
-        while not self.over.wait(INTERVAL):
-            _log.emit(self.tool, "heartbeat", **_state())

@@ -108,7 +108,7 @@ def _caught(pid: int) -> int:
 
 def test_a_heart_beats_while_a_command_waits() -> None:
     """Also one that is stuck; its count then stays."""
-    code = "import sys, rbkit.cli._progress as p; p.INTERVAL = 0.05; sys.argv[0] = 'rb-info'\n"
+    code = "import sys, rbkit.cli._pulse as p; p.INTERVAL = 0.05; sys.argv[0] = 'rb-info'\n"
     code += "from rbkit.cli.info import main; main()"
     job = waiting("rb-info", python=code, RB_LOG="json")
     assert job.stdin is not None and job.stderr is not None
@@ -133,6 +133,7 @@ def test_a_signal_asks_for_a_status_line(form: str, signum: int, npz: Path) -> N
     while not re.search(r'"done":512,|: 512 of', line):
         job.send_signal(signum)
         line = job.stderr.readline().decode()
+        assert line, f"ended with {job.wait()}"
     out, err = job.communicate(raw[-1:], timeout=60)
     assert (job.returncode, out) == (0, plain.out)
     if form == "text":
@@ -144,6 +145,18 @@ def test_a_signal_asks_for_a_status_line(form: str, signum: int, npz: Path) -> N
     # Seconds are told to the millisecond.
     assert 512 / (status["seconds"] + 0.001) < status["rate"] < 512 / max(status["seconds"] - 0.001, 1e-6)
     assert events(err.decode())[-1]["ev"] == "exit"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_question_upon_each_answer_harms_nothing(form: str) -> None:
+    """It comes while the command is still busy with the answer."""
+    job = waiting("rb-info", RB_LOG=form)
+    assert job.stderr is not None
+    for _ in range(5000):
+        job.send_signal(signal.SIGUSR1)
+        assert re.search(rb"seconds| s\b", job.stderr.readline())
+    out, err = job.communicate(execute("rb-data", "shapes", "--n", 2).out, timeout=60)
+    assert job.returncode == 0 and b"2 rows" in out and b"error" not in err, err[-500:]
 
 
 def test_every_event_stands_in_the_table() -> None:

@@ -14,7 +14,7 @@ from rbkit.tools.slots import PER_SLOT, Ascent, Batch, Objective, Outcome, Slots
 
 Poll = Callable[[bool], Batch | None]
 T = TypeVar("T")
-PATIENCE = 8  # evaluations of a full block that it costs to tell in which narrower ones a row's numbers are the same
+PATIENCE = 3  # evaluations of a full block that it costs to tell in which narrower ones a row's numbers are the same
 
 
 @dataclass

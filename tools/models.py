@@ -29,7 +29,17 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32)[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net((images - self.mean) / self.std)
+        return self.net((images - _spread(self.mean, images)) / _spread(self.std, images))
+
+
+def _spread(values: Tensor, images: Tensor) -> Tensor:
+    """Values per channel (C, 1, 1) for each pixel (1, C, H, W), laid out as `images` are.
+
+    In channels-last, arithmetic with a value per channel is several times slower than with one per pixel.
+    """
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return values.expand(images.shape[1:])[None].contiguous(memory_format=layout)
 
 
 def _single_pairs(net: nn.Module) -> list[tuple[str, str]]:

@@ -25,16 +25,21 @@ def key_of(seed: int, purpose: str) -> tuple[int, int]:
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
     """Four 32-bit words for each counter of four 32-bit words (int64 arrays or tensors that broadcast)."""
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = (c + 0 for c in counter)  # copies, which the rounds may write to
     k0, k1 = key
     for _ in range(ROUNDS):
-        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & MASK) ^ c1 ^ k0,
-            p1 & MASK,
-            ((p0 >> 32) & MASK) ^ c3 ^ k1,
-            p0 & MASK,
-        )
+        c0 *= MULTIPLIERS[0]
+        c2 *= MULTIPLIERS[1]
+        high0, high2 = c0 >> 32, c2 >> 32
+        high0 &= MASK
+        high2 &= MASK
+        high2 ^= c1
+        high0 ^= c3
+        high2 ^= k0
+        high0 ^= k1
+        c0 &= MASK
+        c2 &= MASK
+        c0, c1, c2, c3 = high2, c2, high0, c0
         k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
     return c0, c1, c2, c3
 

@@ -31,8 +31,8 @@ def slots_matter(evaluation: Evaluation, images: Tensor, labels: Tensor) -> bool
 def equal_widths(evaluation: Evaluation, images: Tensor) -> tuple[int, ...]:
     """Halves of the block, down to NARROWEST, in which rows have the logits and input gradients of the full block.
 
-    They are tried on `images`, to the last bit: how a sum is ordered depends on shapes, not on values. Empty for a model
-    whose numbers depend on the width.
+    They are tried on `images`, to the last bit: how a sum is ordered depends on shapes, not on values. Each width is given
+    rows from all over the full block, so that their places differ too. Empty for a model whose numbers depend on the width.
     """
     block = evaluation.block
     rows = torch.arange(block, device=images.device) % max(len(images), 1)
@@ -40,8 +40,9 @@ def equal_widths(evaluation: Evaluation, images: Tensor) -> tuple[int, ...]:
     labels = torch.zeros(block, dtype=torch.int64, device=images.device)
     whole, width = _probe(evaluation, images, labels), block // 2
     while width >= NARROWEST and block % width == 0:
-        parts = [_probe(evaluation, i, y) for i, y in zip(images.split(width), labels.split(width), strict=True)]
-        if not all(torch.equal(torch.cat(p), w) for p, w in zip(zip(*parts, strict=True), whole, strict=True)):
+        apart = slice(block // width - 1, None, block // width)
+        part = _probe(evaluation, images[apart], labels[apart])
+        if not all(torch.equal(p, w[apart]) for p, w in zip(part, whole, strict=True)):
             break
         found.append(width)
         width //= 2

@@ -142,7 +142,7 @@ class Slots(ABC):
         self.best.forwards += self.active
         self.best.backwards += climbing
         if gradient is not None:
-            self.best.zero_gradients += climbing & (gradient.flatten(1).abs().amax(1) == 0)
+            self.best.zero_gradients += climbing & (gradient.abs().amax(dim=(1, 2, 3)) == 0)
         return value.detach(), reached, gradient
 
     def keep(self, better: Tensor, images: Tensor, value: Tensor, reached: Tensor) -> None:

@@ -171,31 +171,31 @@ def test_the_last_rows_go_on_in_narrower_blocks_with_the_same_numbers(name, norm
     label = evaluation(model).logits(x).argmax(1)
     spec = attack.pgd(norm=norm, eps=EPS[norm], steps=6) if name == "pgd" else spec_of(name, norm)
     found = []
-    for widths in (None, lambda _: (16, 8, 4)):
+    for narrow in (False, True):
         sizes, source = [], polling([Batch(IDS, x, {"label": label})])
         victim = evaluation(model)
         victim.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(len(inputs[0])))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(flow, "PATIENCE", 0)
-            patch.setattr(sameness, "equal_widths", lambda *_, widths=widths: () if widths is None else widths(None))
+            patch.setattr(sameness.Widths, "_is_same", lambda *_, narrow=narrow: narrow)
             result = next(stages.run(victim, spec, source))[1]
         found.append((result, sizes))
     (full, wide), (narrow, narrower) = found
     for field in FIELDS:
         assert torch.equal(getattr(full.outcome, field), getattr(narrow.outcome, field)), field
     assert torch.equal(full.success, narrow.success) and set(wide) == {32}
-    assert {16, 8} & set(narrower) and sum(narrower) < sum(wide)
+    assert {24, 16, 8} & set(narrower) and sum(narrower) < sum(wide)
 
 
-@pytest.mark.parametrize(("steps", "asked"), [(flow.PATIENCE - 1, 0), (flow.PATIENCE + 1, 1)])
+@pytest.mark.parametrize(("steps", "asked"), [(flow.PATIENCE - 1, 0), (flow.PATIENCE + 3, 1)])
 def test_a_short_attack_never_pays_for_the_question(steps, asked, monkeypatch):
     model, x = convnet(), images(5, high=0.9)
     times = []
-    monkeypatch.setattr(sameness, "equal_widths", lambda *_: times.append(1) or (16, 8))
+    monkeypatch.setattr(sameness.Widths, "_is_same", lambda _, width, __: times.append(width) or True)
     batch = Batch(IDS[:5], x, {"label": evaluation(model).logits(x).argmax(1)})
     spec = attack.pgd(norm="l2", eps=0.1, steps=steps, until="end")
     next(stages.run(evaluation(model), spec, polling([batch])))
-    assert len(times) == asked
+    assert times == [8] * asked
 
 
 class _WidthDependent(torch.nn.Module):
@@ -209,11 +209,13 @@ class _WidthDependent(torch.nn.Module):
         return self.inner(x) * (1 if len(x) >= self.least else 1.0001)
 
 
-def test_widths_are_those_in_which_a_row_has_the_same_numbers():
+def test_the_last_rows_go_on_in_the_narrowest_block_of_the_same_numbers():
     model = convnet()
-    assert sameness.equal_widths(evaluation(model, 64), images(20)) == (32, 16, 8, 4)
-    for least, widths in ((16, (32, 16)), (64, ())):
+    fitting = sameness.Widths(evaluation(model, 64))
+    assert [fitting.narrowest(count, images(64)) for count in (1, 4, 5, 9, 33, 57)] == [4, 4, 8, 16, 40, 64]
+    for least, widths in ((16, [16, 16, 40]), (60, [64, 64, 64])):
         model = convnet()
         model.net = _WidthDependent(model.net, least)
-        assert sameness.equal_widths(evaluation(model, 64), images(20)) == widths
-    assert sameness.equal_widths(evaluation(convnet(), 96), images(20)) == (48, 24, 12, 6)
+        fitting = sameness.Widths(evaluation(model, 64))
+        assert [fitting.narrowest(count, images(20)) for count in (1, 5, 33)] == widths
+    assert sameness.Widths(evaluation(convnet(), 96)).narrowest(41, images(20)) == 48

@@ -14,7 +14,7 @@ from rbkit.tools.slots import PER_SLOT, Ascent, Batch, Objective, Outcome, Slots
 
 Poll = Callable[[bool], Batch | None]
 T = TypeVar("T")
-PATIENCE = 3  # evaluations of a full block that it costs to tell in which narrower ones a row's numbers are the same
+PATIENCE = 3  # evaluations of a full block that it costs to tell whether a row's numbers are the same in a narrower one
 
 
 @dataclass
@@ -36,9 +36,9 @@ def polling(batches: Iterable[Batch]) -> Poll:
 class Flow:
     """Rows from batches to slots and back, in order: `poll` is a source of finished batches.
 
-    widths(images) tells narrower blocks in which such rows have the same numbers, to the last bit. The last rows of the
-    input go on in these, since a full block for a few of them would be mostly padding. As it costs PATIENCE evaluations
-    to tell, it is asked when so many were mostly padding: a short attack never pays for it.
+    widths(count, images) is the narrowest block with room for so many rows in which such rows have the same numbers, to the
+    last bit. The last rows of the input go on in it, since much of a full block would be padding. As it costs PATIENCE
+    evaluations to tell, it is asked when padding has cost as much: a short attack never pays for it.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Flow:
         *,
         block: int,
         refill: bool = True,
-        widths: Callable[[Tensor], tuple[int, ...]] | None = None,
+        widths: Callable[[int, Tensor], int] | None = None,
     ) -> None:
         self.widths = widths if refill else None
-        self.padded = 0
+        self.padded = 0.0
         self.objective, self.plan, self.block = objective, plan, block
         self.source, self.refill = poll, refill
         self.entries: deque[_Entry] = deque()
@@ -116,13 +116,13 @@ class Flow:
     def _narrow(self, slots: Slots) -> None:
         """Once no row is waiting or can come, let those at work move together into the narrowest block that fits."""
         count = len(self.owner)
-        if self.widths is None or not self.ended or 2 * count > slots.block or any(e.waiting for e in self.entries):
+        if self.widths is None or not self.ended or any(e.waiting for e in self.entries):
             return
-        self.padded += 1
-        if self.padded <= PATIENCE:
+        self.padded += (slots.block - count) / self.block
+        if self.padded < PATIENCE:
             return
-        width = min((w for w in self.widths(slots.clean) if count <= w < slots.block), default=None)
-        if width is not None:
+        self.padded, width = 0.0, self.widths(count, slots.clean)
+        if width < slots.block:
             idle = [s for s in range(slots.block) if s not in self.owner]
             kept = (sorted(self.owner) + idle)[:width]
             slots.take(torch.tensor(kept, device=slots.ids.device))

@@ -24,7 +24,12 @@ def words(ids: Tensor, count: int, *, seed: int, purpose: str, draw: int | Tenso
     """
     blocks = -(-count // 4)
     number = torch.as_tensor(draw, device=ids.device, dtype=torch.int64).expand(len(ids))[:, None]
-    counters = (torch.arange(blocks, device=ids.device)[None], number, (ids & MASK)[:, None], ((ids >> 32) & MASK)[:, None])
+    counters = (
+        torch.arange(blocks, device=ids.device)[None],
+        number,
+        (ids & MASK)[:, None],
+        ((ids >> 32) & MASK)[:, None],
+    )
     counters = tuple(c.expand(len(ids), blocks) for c in counters)
     if ids.device.type == "cpu" and len(ids) * blocks < FEW:
         out = torch.from_numpy(np.stack(philox(tuple(c.numpy() for c in counters), key_of(seed, purpose)), axis=2))

@@ -8,7 +8,7 @@ from torch import Tensor
 from rbkit.tools.losses import cross_entropy
 from rbkit.tools.models import Evaluation
 
-NARROWEST = 4  # rows of a block that the last ones go on in
+NARROW = (4, 8)  # rows of the narrowest block that the last ones go on in; wider ones are multiples of the second
 
 
 def slots_matter(evaluation: Evaluation, images: Tensor, labels: Tensor) -> bool:
@@ -28,38 +28,40 @@ def slots_matter(evaluation: Evaluation, images: Tensor, labels: Tensor) -> bool
     return not (same and torch.equal(value[::2], alone[0][::2]) and torch.equal(gradient[::2], alone[1][::2]))
 
 
-def equal_widths(evaluation: Evaluation, images: Tensor) -> tuple[int, ...]:
-    """Halves of the block, down to NARROWEST, in which rows have the logits and input gradients of the full block.
-
-    They are tried on `images`, to the last bit: how a sum is ordered depends on shapes, not on values. Each width is given
-    rows from all over the full block, so that their places differ too. Empty for a model whose numbers depend on the width.
-    """
-    block = evaluation.block
-    rows = torch.arange(block, device=images.device) % max(len(images), 1)
-    images, found = images[rows], []
-    labels = torch.zeros(block, dtype=torch.int64, device=images.device)
-    whole, width = _probe(evaluation, images, labels), block // 2
-    while width >= NARROWEST and block % width == 0:
-        apart = slice(block // width - 1, None, block // width)
-        part = _probe(evaluation, images[apart], labels[apart])
-        if not all(torch.equal(p, w[apart]) for p, w in zip(part, whole, strict=True)):
-            break
-        found.append(width)
-        width //= 2
-    return tuple(found)
-
-
 class Widths:
-    """`equal_widths` of a model, found once for all attacks of a sequence."""
+    """In which narrower blocks a row has the logits and input gradients of the full one, to the last bit.
+
+    Tried on the first images that are given, and a width only once it is wanted: how a sum is ordered depends on shapes,
+    not on values. Each width gets rows from all over the full block, so that their places differ too.
+    """
 
     def __init__(self, evaluation: Evaluation) -> None:
         self.evaluation = evaluation
-        self.found: tuple[int, ...] | None = None
+        self.same = {evaluation.block: True}
+        self.whole: tuple[Tensor, ...] = ()
 
-    def __call__(self, images: Tensor) -> tuple[int, ...]:
-        if self.found is None:
-            self.found = equal_widths(self.evaluation, images)
-        return self.found
+    def narrowest(self, count: int, images: Tensor) -> int:
+        """The narrowest of these widths with room for `count` rows; the block where there is none.
+
+        images (B, C, H, W): any that the model takes, of a block.
+        """
+        least, step = NARROW
+        for width in (least, *range(step, self.evaluation.block, step)):
+            if count <= width < self.evaluation.block and self._is_same(width, images):
+                return width
+        return self.evaluation.block
+
+    def _is_same(self, width: int, images: Tensor) -> bool:
+        if not self.whole:
+            rows = torch.arange(self.evaluation.block, device=images.device) % len(images)
+            self.images = images[rows]
+            self.labels = torch.zeros_like(rows)
+            self.whole = _probe(self.evaluation, self.images, self.labels)
+        if width not in self.same:
+            rows = torch.arange(1, width + 1, device=images.device) * self.evaluation.block // width - 1
+            part = _probe(self.evaluation, self.images[rows], self.labels[rows])
+            self.same[width] = all(torch.equal(p, w[rows]) for p, w in zip(part, self.whole, strict=True))
+        return self.same[width]
 
 
 def _probe(evaluation: Evaluation, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,6 +65,13 @@ class Outcome:
         return cls(batch.clean.clone(), value, torch.zeros(n, dtype=torch.bool, device=device), *counts)
 
 
+def assign(target: Tensor, source: Tensor, chosen: Tensor) -> None:
+    """Copy the rows of `source` that are `chosen`, bool (B,), into `target`: they are few where little improves."""
+    rows = chosen.nonzero()[:, 0]
+    if len(rows):
+        target.index_copy_(0, rows, source.index_select(0, rows))
+
+
 class Slots(ABC):
     """A block of `block` slots, each at work for one example: who sits where, and what was found so far.
 
@@ -150,7 +157,7 @@ class Slots(ABC):
         best = self.best
         best.value = torch.where(better, value, best.value)
         best.reached = torch.where(better, reached, best.reached)
-        best.images = torch.where(better[:, None, None, None], images, best.images)
+        assign(best.images, images, better)
 
     def improved(self, value: Tensor, reached: Tensor) -> Tensor:
         """Active slots whose outcome is worse than this: reaching the goal comes before a higher value."""

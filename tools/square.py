@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rbkit.tools import random
 from rbkit.tools.norms import Norm, per_row
-from rbkit.tools.slots import Batch, Objective, Slots
+from rbkit.tools.slots import Batch, Objective, Slots, assign
 
 SHARE = 0.8  # of the pixels that the first patches cover, p of section 3.2
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000 after which the share is halved
@@ -102,7 +102,7 @@ class SquareSlots(Slots):
         self.keep(self.improved(value, reached), self.now, value, reached)
         higher = value > self.top_value
         self.top_value = torch.where(higher, value, self.top_value)
-        self.top = torch.where(per_row(higher), self.now, self.top)
+        assign(self.top, self.now, higher)
         self.step = self.step + self.active
         ended = self.active & (self.step >= plan.queries)
         done = ended & (self.restart + 1 >= plan.restarts)

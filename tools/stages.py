@@ -73,7 +73,9 @@ class _Stage:
         self.spec = spec if judge is None else replace(spec, until="end")
         self.goal = spec.goal(evaluation)
         block = evaluation.block
-        self.flow = Flow(self.goal, self.spec.ascent(), self._ready, block=block, refill=refill, widths=widths)
+        self.flow = Flow(
+            self.goal, self.spec.ascent(), self._ready, block=block, refill=refill, widths=widths.narrowest
+        )
 
     def _ready(self, wait: bool) -> Batch | None:
         batch = self.source(wait)

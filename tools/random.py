@@ -23,18 +23,15 @@ def words(ids: Tensor, count: int, *, seed: int, purpose: str, draw: int | Tenso
     Shapes: ids (N,) int64; draw an int below 2**32 or (N,) int64.
     """
     blocks = -(-count // 4)
+    position = torch.arange(blocks, device=ids.device)
     number = torch.as_tensor(draw, device=ids.device, dtype=torch.int64).expand(len(ids))[:, None]
-    counters = (
-        torch.arange(blocks, device=ids.device)[None],
-        number,
-        (ids & MASK)[:, None],
-        ((ids >> 32) & MASK)[:, None],
-    )
-    counters = tuple(c.expand(len(ids), blocks) for c in counters)
+    low, high = (ids & MASK)[:, None], ((ids >> 32) & MASK)[:, None]
+    c0, c1, c2, c3 = (c.expand(len(ids), blocks) for c in (position, number, low, high))
+    key = key_of(seed, purpose)
     if ids.device.type == "cpu" and len(ids) * blocks < FEW:
-        out = torch.from_numpy(np.stack(philox(tuple(c.numpy() for c in counters), key_of(seed, purpose)), axis=2))
+        out = torch.from_numpy(np.stack(philox((c0.numpy(), c1.numpy(), c2.numpy(), c3.numpy()), key), axis=2))
     else:
-        out = torch.stack(philox(counters, key_of(seed, purpose)), dim=2)
+        out = torch.stack(philox((c0, c1, c2, c3), key), dim=2)
     return out.reshape(len(ids), 4 * blocks)[:, :count]
 
 

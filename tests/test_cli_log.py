@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -157,6 +158,24 @@ def test_a_question_upon_each_answer_harms_nothing(form: str) -> None:
         assert re.search(rb"seconds| s\b", job.stderr.readline())
     out, err = job.communicate(execute("rb-data", "shapes", "--n", 2).out, timeout=60)
     assert job.returncode == 0 and b"2 rows" in out and b"error" not in err, err[-500:]
+
+
+def test_a_question_is_answered_in_the_middle_of_a_long_operation() -> None:
+    """Of torch, which lets no handler of Python run before it has ended."""
+    code = "import torch\nfrom rbkit.cli._app import program\n"
+    code += "def work() -> None:\n    a = torch.rand(5000, 5000); print('begun', flush=True); a @ a; print('over', flush=True)\n"
+    code += "program('rb-x', work)()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment(OMP_NUM_THREADS="1"),
+    ) as job:  # fmt: skip
+        assert job.stdout is not None and job.stderr is not None
+        assert job.stdout.readline() == b"begun\n"
+        job.send_signal(signal.SIGUSR1)
+        assert job.stderr.readline().startswith(b"rb-x: at work for ")
+        assert select.select([job.stdout], [], [], 0.5) == ([], [], [])
+        assert job.stdout.readline() == b"over\n"
+    assert job.returncode == 0
 
 
 def test_every_event_stands_in_the_table() -> None:

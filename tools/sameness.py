@@ -37,7 +37,8 @@ class Widths:
 
     def __init__(self, evaluation: Evaluation) -> None:
         self.evaluation = evaluation
-        self.same = {evaluation.block: True}
+        self.same: dict[int, bool] = {}
+        self.rows: tuple[Tensor, Tensor] | None = None
         self.whole: tuple[Tensor, ...] = ()
 
     def narrowest(self, count: int, images: Tensor) -> int:
@@ -52,15 +53,14 @@ class Widths:
         return self.evaluation.block
 
     def _is_same(self, width: int, images: Tensor) -> bool:
-        if not self.whole:
+        if self.rows is None:
             rows = torch.arange(self.evaluation.block, device=images.device) % len(images)
-            self.images = images[rows]
-            self.labels = torch.zeros_like(rows)
-            self.whole = _probe(self.evaluation, self.images, self.labels)
+            self.rows = images[rows], torch.zeros_like(rows)
+            self.whole = _probe(self.evaluation, *self.rows)
         if width not in self.same:
-            rows = torch.arange(1, width + 1, device=images.device) * self.evaluation.block // width - 1
-            part = _probe(self.evaluation, self.images[rows], self.labels[rows])
-            self.same[width] = all(torch.equal(p, w[rows]) for p, w in zip(part, self.whole, strict=True))
+            places = torch.arange(1, width + 1, device=images.device) * self.evaluation.block // width - 1
+            part = _probe(self.evaluation, *(r[places] for r in self.rows))
+            self.same[width] = all(torch.equal(p, w[places]) for p, w in zip(part, self.whole, strict=True))
         return self.same[width]
 
 

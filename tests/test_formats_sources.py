@@ -61,8 +61,8 @@ def test_idx_pairs(zipped: bool, tmp_path: Path) -> None:
         (idx_bytes(IMAGES) + b"\0", "needs 60 bytes, the file has 61"),
         (idx_bytes(IMAGES)[:10], "needs|shape"),
         (b"\0\0\x08\x03" + b"\xff" * 12, "the file has 0"),
-        (gzip.compress(idx_bytes(IMAGES))[:-9], "damaged gzip"),
-        (gzip.compress(idx_bytes(IMAGES))[:-8] + bytes(8), "damaged gzip"),
+        (gzip.compress(idx_bytes(IMAGES), mtime=0)[:-9], "damaged gzip"),
+        (gzip.compress(idx_bytes(IMAGES), mtime=0)[:-8] + bytes(8), "damaged gzip"),
         (idx_bytes(LABELS), r"shape \[3\] is no \(N, H, W\)"),
     ],
 )
@@ -85,7 +85,7 @@ def test_fashion_mnist_takes_zipped_and_plain_files(tmp_path: Path) -> None:
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(IMAGES))
     with pytest.raises(FormatError, match=r"no t10k-labels-idx1-ubyte\[.gz\]"):
         idx.fashion_mnist(tmp_path, split="test")
-    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx_bytes(LABELS)))
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx_bytes(LABELS), mtime=0))
     data = idx.fashion_mnist(tmp_path, split="test")
     assert data.count == 3 and data.carved and data.classes is not None and len(data.classes) == 10
 

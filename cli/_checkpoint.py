@@ -33,6 +33,7 @@ class Job:
         """Write the checkpoint, atomically; False where there is no place for one."""
         if self.path is None:
             return False
+        state.settle()
         from rbkit.formats.atomic import write_atomically
         from rbkit.formats.document import encode
 

@@ -36,18 +36,37 @@ def set_up(device: str, threads: int | None) -> torch.device:
     """Fix the threads and return the device. Raises: Usage for a device that is not there."""
     import torch
 
+    from rbkit.tools.gpu import repeatable
+
     torch.set_num_threads(threads or available_threads())
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    place = _place(device)
+    if place.type == "cuda":
+        repeatable()
+    return place
+
+
+def _place(device: str) -> torch.device:
+    import torch
+
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise Usage(f"--device: got {device!r}, expected auto, cpu, cuda or cuda:N") from None
-    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
+    there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(chosen.type, 0)
+    if (chosen.index or 0) >= there:
         raise Usage(f"--device: {device} is not available here; try cpu")
     return chosen
+
+
+def block_on(device: torch.device, block: int | None) -> int:
+    """Rows that are computed at a time on a device: as asked for, or its default."""
+    from rbkit.tools.models import default_block
+
+    return block or default_block(device)
 
 
 @dataclass(frozen=True)

@@ -55,12 +55,13 @@ ArchName = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Seed of every random number.")]
 Block = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--block",
         metavar="N",
         min=32,
-        help="Rows computed at a time, a multiple of 32; recorded, as it moves last bits.",
+        help="Rows computed at a time, a multiple of 32; default 64, on a GPU 512; recorded, as it moves last bits.",
+        show_default=False,
     ),
 ]
 Shard = Annotated[
@@ -96,4 +97,3 @@ EPS_HELP = "Radius in [0, 1] pixel units, of the whole image; 8/255 is accepted.
 Json = Annotated[bool, typer.Option("--json", help="JSON lines, also on a terminal.")]
 
 DOCUMENT_LIMIT = 16 << 30  # = formats.document.MAX_DOCUMENT, which would cost numpy to import here
-BLOCK = 64

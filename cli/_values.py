@@ -94,8 +94,7 @@ def grid(text: str, *, option: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def block(value: int) -> int:
-    """A block size: a multiple of 32."""
-    if value % 32:
+def block(value: int | None) -> None:
+    """Refuse a block that is no multiple of 32."""
+    if value is not None and value % 32:
         raise Usage(f"--block: got {value}, expected a multiple of 32")
-    return value

@@ -12,11 +12,10 @@ import typer
 
 from rbkit.cli import _history, _input, _output, _values
 from rbkit.cli._app import program
-from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
+from rbkit.cli._compute import Model, block_on, load_model, set_up, side_digest, to_tensor
 from rbkit.cli._errors import Input, Numbers, Usage
 from rbkit.cli._log import note
 from rbkit.cli._options import (
-    BLOCK,
     DOCUMENT_LIMIT,
     EPS_HELP,
     ArchName,
@@ -173,7 +172,7 @@ def attack(
     refill: Annotated[
         bool, typer.Option("--refill/--no-refill", help="Give the slot of a broken example to the next one.")
     ] = True,
-    block: Block = BLOCK,
+    block: Block = None,
     arch: ArchName = None,
     shard: Shard = None,
     device: Device = "auto",
@@ -196,6 +195,7 @@ def attack(
     _output.refuse_same_file(source, output)
     part = _values.shard(shard)
     place = set_up(device, threads)
+    options["block"] = block_on(place, block)
     victim = load_model(model, archs=arch, device=place)
     maker = None if surrogate is None else _surrogate(surrogate, victim, archs=arch, device=place)
     with _output.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:

@@ -10,10 +10,9 @@ import typer
 
 from rbkit.cli import _history, _input, _output, _values
 from rbkit.cli._app import program
-from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
+from rbkit.cli._compute import Model, block_on, load_model, set_up, side_digest, to_tensor
 from rbkit.cli._errors import Input, Usage, blame
 from rbkit.cli._options import (
-    BLOCK,
     DOCUMENT_LIMIT,
     ArchName,
     Block,
@@ -138,7 +137,7 @@ def invert(
         bool, typer.Option("--fake-relu", help="Let gradients through the last ReLU, as the paper does.")
     ] = False,
     seed: Seed = 0,
-    block: Block = BLOCK,
+    block: Block = None,
     arch: ArchName = None,
     shard: Shard = None,
     device: Device = "auto",
@@ -161,6 +160,7 @@ def invert(
     _output.refuse_same_file(source, output)
     part = _values.shard(shard)
     place = set_up(device, threads)
+    options["block"] = block_on(place, block)
     subject = load_model(model, archs=arch, device=place)
     side = _Side(options, subject, place)
     hidden = ("start_from", "seeds_from")
@@ -170,7 +170,7 @@ def invert(
         model=subject.sha,
         inputs=side.digests,
     )
-    evaluation = subject.evaluation(block)
+    evaluation = subject.evaluation(options["block"])
     stream = checked(_input.chunks(source, shard=part, max_document=max_document), subject)
     rows = watched(stream, tool="rb-invert", quiet=quiet, shard=shard)
     with _output.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:

@@ -10,11 +10,10 @@ import typer
 
 from rbkit.cli import _history, _input, _output, _values
 from rbkit.cli._app import program
-from rbkit.cli._compute import Model, load_model, set_up, side_digest, to_tensor
+from rbkit.cli._compute import Model, block_on, load_model, set_up, side_digest, to_tensor
 from rbkit.cli._errors import Input, Usage, blame
 from rbkit.cli._log import note
 from rbkit.cli._options import (
-    BLOCK,
     DOCUMENT_LIMIT,
     ArchName,
     Block,
@@ -146,7 +145,7 @@ def saliency(
         bool, typer.Option("--signed", help="grad-cam: keep negative values, which the paper drops.")
     ] = False,
     seed: Seed = 0,
-    block: Block = BLOCK,
+    block: Block = None,
     arch: ArchName = None,
     shard: Shard = None,
     device: Device = "auto",
@@ -168,6 +167,7 @@ def saliency(
     _output.refuse_same_file(source, output)
     part = _values.shard(shard)
     place = set_up(device, threads)
+    options["block"] = block_on(place, block)
     subject = load_model(model, archs=arch, device=place)
     reference = None if background is None else load_images(background, subject, place, max_document=max_document)[0]
     inputs = {} if background is None else {"background": side_digest(background)}
@@ -176,7 +176,7 @@ def saliency(
     )
     stream = _input.chunks(source, shard=part, max_document=max_document)
     with _output.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
-        evaluation, missed = subject.evaluation(block), 0
+        evaluation, missed = subject.evaluation(options["block"]), 0
         for chunk in watched(checked(stream, subject), tool="rb-saliency", quiet=quiet, shard=shard):
             arrays, explained_of, above = _explain_chunk(options, spec, evaluation, reference, chunk)
             missed += above

@@ -9,11 +9,10 @@ import typer
 
 from rbkit.cli import _flags, _gates, _history, _output, _table, _values
 from rbkit.cli._app import program
-from rbkit.cli._compute import load_model, set_up
+from rbkit.cli._compute import block_on, load_model, set_up
 from rbkit.cli._errors import Input, Numbers, Usage
 from rbkit.cli._judge import FEATURES, PREFIX, Judge
 from rbkit.cli._options import (
-    BLOCK,
     DOCUMENT_LIMIT,
     ArchName,
     Block,
@@ -99,7 +98,7 @@ def score(
         bool, typer.Option("--per-example", help="One line per image instead: name, prediction, values.")
     ] = False,
     json_: Json = False,
-    block: Block = BLOCK,
+    block: Block = None,
     shard: Shard = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -132,6 +131,7 @@ def score(
         raise Usage("--flags judges rows together; leave out --per-example")
     names = None if metrics is None else _metric_names(metrics)
     place = set_up(device, threads)
+    options["block"] = block_on(place, block)
     archs = None if arch is None else list(arch)
     subjects = [load_model(path, archs=archs, device=place) for path in models or []]
     referee = None if judge is None else load_model(judge, archs=archs, device=place)

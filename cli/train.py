@@ -145,6 +145,17 @@ def train(
     weight_decay: Annotated[
         float, typer.Option("--weight-decay", metavar="X", min=0, help="L2 penalty on all weights.")
     ] = 5e-4,
+    smoothing: Annotated[
+        float | None,
+        typer.Option(
+            "--smoothing",
+            metavar="X",
+            min=0,
+            max=0.99,
+            help="Share of each label that is spread over all classes, outside of the inner attack; default none.",
+            show_default=False,
+        ),
+    ] = None,
     clip_value: Annotated[
         float,
         typer.Option("--clip-value", metavar="X", min=0, help="Bound of each entry of the weights' gradient; 0: none."),
@@ -181,6 +192,10 @@ def train(
         ),
     ] = 0.0,
     amp: Annotated[bool, typer.Option("--amp", help="bfloat16 autocast in training; never in validation.")] = False,
+    tf32: Annotated[
+        bool | None,
+        typer.Option("--tf32", help="TF32 products in training on a GPU; never in validation.", show_default=False),
+    ] = None,
     val: Annotated[
         str,
         typer.Option("--val", metavar="FILE|X", help="Held-out rows: a stream, or a share of the training rows by id."),

@@ -9,10 +9,9 @@ import typer
 
 from rbkit.cli import _history, _input, _table, _values
 from rbkit.cli._app import program
-from rbkit.cli._compute import Model, load_model, set_up, to_tensor
+from rbkit.cli._compute import Model, block_on, load_model, set_up, to_tensor
 from rbkit.cli._errors import CheckFailed, Input, Usage, blame
 from rbkit.cli._options import (
-    BLOCK,
     DOCUMENT_LIMIT,
     ArchName,
     Block,
@@ -59,7 +58,7 @@ def verify(
         bool, typer.Option("--selftest", help="Put rbkit's own tools to oracles whose answer is known on paper.")
     ] = False,
     json_: Json = False,
-    block: Block = BLOCK,
+    block: Block = None,
     arch: ArchName = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -84,6 +83,7 @@ def verify(
     _values.choices(options, norm=_values.NORMS)
     options["eps"] = None if eps is None else _values.number(eps, option="--eps")
     place = set_up(device, threads)
+    options["block"] = block_on(place, block)
     subject = load_model(model, archs=arch, device=place)
     counterpart = None if clean is None else _counterpart(clean, subject, place, max_document)
     run = _Run(options, subject, counterpart, place)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rbkit.tools.flow import flow, polling
 from rbkit.tools.norms import Norm
-from rbkit.tools.slots import Ascent, Batch, Objective, Outcome, Slots, Start
+from rbkit.tools.slots import Ascent, Batch, Context, Objective, Outcome, Slots, Start
 
 
 @dataclass(frozen=True)
@@ -114,19 +114,28 @@ def drive(objective: Objective, plan: Plan, batch: Batch) -> Tensor:
 
     Where the plan keeps `batch`, the iterate of the highest mean value over the rows instead.
     """
+    return follow(objective, plan, first(plan, batch), batch.clean, batch.context)
+
+
+def first(plan: Plan, batch: Batch) -> Tensor:
+    """Where the first restart begins, for all rows at once, (N, C, H, W)."""
     zero = torch.zeros(len(batch), dtype=torch.int64, device=batch.clean.device)
-    now = batch.clean if plan.start is None else plan.start(batch.ids, batch.clean, zero)
+    return batch.clean if plan.start is None else plan.start(batch.ids, batch.clean, zero)
+
+
+def follow(objective: Objective, plan: Plan, now: Tensor, clean: Tensor, context: Context) -> Tensor:
+    """`drive` from the iterate `now`; all (N, C, H, W), with a row of context each."""
     best, highest = now, torch.full((), float("-inf"), device=now.device)
     for _ in range(plan.steps):
         images = now.detach().requires_grad_()
-        value, _ = objective(images, batch.context)
+        value, _ = objective(images, context)
         if plan.keep == "batch":
             best, highest = _higher(images, value, best, highest)
-        now = climb(images.detach(), torch.autograd.grad(value.sum(), images)[0], batch.clean, plan)
+        now = climb(images.detach(), torch.autograd.grad(value.sum(), images)[0], clean, plan)
     if plan.keep != "batch":
         return now
     with torch.no_grad():
-        return _higher(now, objective(now, batch.context)[0], best, highest)[0]
+        return _higher(now, objective(now, context)[0], best, highest)[0]
 
 
 def _higher(images: Tensor, value: Tensor, best: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:

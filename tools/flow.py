@@ -130,11 +130,17 @@ class Flow:
 
     def collect(self, slots: Slots, done: Tensor) -> None:
         """Copy the results of finished slots to their rows."""
+        places: dict[int, tuple[_Entry, list[int], list[int]]] = {}
         for slot in done.tolist():
             entry, row = self.owner.pop(slot)
+            _, rows, taken = places.setdefault(id(entry), (entry, [], []))
+            rows.append(row)
+            taken.append(slot)
+        for entry, rows, taken in places.values():
+            to, source = (torch.tensor(x, device=done.device) for x in (rows, taken))
             for name in PER_SLOT:
-                getattr(entry.outcome, name)[row] = getattr(slots.best, name)[slot]
-            entry.left -= 1
+                getattr(entry.outcome, name).index_copy_(0, to, getattr(slots.best, name)[source])
+            entry.left -= len(rows)
 
 
 def flow(

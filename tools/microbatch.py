@@ -19,10 +19,10 @@ from rbkit.tools.ranks import Ranks
 
 @dataclass(frozen=True)
 class Tally:
-    """What a micro-batch tells: the mean loss of its rows, how many were right, and how many they are."""
+    """What a micro-batch tells: the mean loss of its rows, how many were right (scalars), and how many they are."""
 
-    loss: float
-    right: float
+    loss: Tensor
+    right: Tensor
     rows: int
 
 
@@ -34,6 +34,11 @@ def mean_gradient(
     sizes: rows of each micro-batch. measure(index) computes one of them: (mean loss, number of right predictions).
     Buffers that are no floating-point numbers count steps, and move as in one micro-batch.
     """
+    if ranks.count == len(sizes) == 1:  # nothing to take a mean of
+        model.zero_grad(set_to_none=True)
+        loss, right = measure(0)
+        loss.backward()
+        return [Tally(loss.detach(), right, sizes[0])]
     before = [b.clone() for b in model.buffers()]
     tallies: list[Tally] = []
     mean: list[Tensor] = []
@@ -41,8 +46,7 @@ def mean_gradient(
         # Where the last round has fewer micro-batches than processes, the others repeat its last, which is not counted.
         found = _one(model, before, partial(measure, min(first + ranks.index, len(sizes) - 1)))
         for rows, (told, *values) in zip(sizes[first:], ranks.gather(found), strict=False):
-            loss, right = told.tolist()
-            tallies.append(Tally(loss, right, rows))
+            tallies.append(Tally(told[0], told[1], rows))
             weight = rows / sum(t.rows for t in tallies)
             mean = [old.lerp_(new, weight) for old, new in zip(mean, values, strict=True)] if mean else values
     _keep(model, mean)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-BLOCK = 64
+BLOCK, GPU_BLOCK = 64, 512
 
 
 class Classifier(nn.Module):
@@ -84,6 +84,11 @@ def _pair(net: nn.Module, conv_name: str, norm_name: str) -> tuple[nn.Conv2d, nn
     return _convolution(net, conv_name), norm
 
 
+def default_block(device: torch.device) -> int:
+    """Rows of a block where nobody asks for another number: enough to keep the device busy, and no more."""
+    return GPU_BLOCK if device.type == "cuda" else BLOCK
+
+
 class Evaluation(nn.Module):
     """The form in which every tool runs a classifier; rows are computed in padded blocks of a fixed size.
 
@@ -91,8 +96,9 @@ class Evaluation(nn.Module):
     weights (as training needs after each step). Raises ValueError for a block that is no positive multiple of 32.
     """
 
-    def __init__(self, classifier: Classifier, *, block: int = BLOCK) -> None:
+    def __init__(self, classifier: Classifier, *, block: int | None = None) -> None:
         super().__init__()
+        block = default_block(classifier.mean.device) if block is None else block
         if block <= 0 or block % 32:
             raise ValueError(f"block {block}: expected a positive multiple of 32")
         self.block = block

@@ -24,7 +24,9 @@ def words(ids: Tensor, count: int, *, seed: int, purpose: str, draw: int | Tenso
     """
     blocks = -(-count // 4)
     position = torch.arange(blocks, device=ids.device)
-    number = torch.as_tensor(draw, device=ids.device, dtype=torch.int64).expand(len(ids))[:, None]
+    # Filled, not copied: a copy to a GPU would wait for all that it has to do.
+    number = draw if isinstance(draw, Tensor) else torch.full((1,), draw, dtype=torch.int64, device=ids.device)
+    number = number.to(ids.device, torch.int64).expand(len(ids))[:, None]
     low, high = (ids & MASK)[:, None], ((ids >> 32) & MASK)[:, None]
     c0, c1, c2, c3 = (c.expand(len(ids), blocks) for c in (position, number, low, high))
     key = key_of(seed, purpose)

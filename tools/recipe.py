@@ -23,7 +23,8 @@ class Recipe:
     `unjudged` then leaves the one after the last step out (the paper has clean, batch and unjudged). schedule: `onecycle`
     (up over `warmup` of the steps, then linearly to 0), `cosine` (to 0) or `constant`; schedule_epochs: its length, where
     that is not `epochs`. clip_value: bound of each entry of the weights' gradient, 0 for none. ema: decay per step, 0 for
-    none. micro: rows that share their BatchNorm statistics, a divisor of the batch; None for the batch.
+    none. amp, tf32: bfloat16 where torch deems it safe, or TF32, in training on a GPU. micro: rows that share their BatchNorm statistics, a divisor of the batch; None for the batch.
+    smoothing: share of a label that is spread over all classes (Szegedy et al. 2016, section 7), not in the inner attack.
     """
 
     epochs: int
@@ -52,9 +53,11 @@ class Recipe:
     augment: str = "crop-flip"
     ema: float = 0.0
     amp: bool = False
+    tf32: bool | None = None
     select: str = "mean"
     seed: int = 0
     micro: int | None = None
+    smoothing: float | None = None
 
     def recorded(self) -> dict[str, Any]:
         """As files keep it: what is left at None is left out."""

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rbkit.tools import random
-from rbkit.tools.ascend import Plan, counted, drive
+from rbkit.tools.ascend import Plan, counted, first, follow
 from rbkit.tools.attack import objective, random_start
 from rbkit.tools.examples import Data
+from rbkit.tools.gpu import Recorded
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.norms import NORMS
 from rbkit.tools.recipe import Recipe
@@ -39,6 +40,7 @@ class Inner:
     def __init__(self, classifier: Classifier, recipe: Recipe) -> None:
         self.recipe, self.classifier = recipe, classifier
         self.folded = Evaluation(classifier)
+        self.recorded = Recorded(self._search(self._plan(0, 1.0)), touched=list(classifier.buffers()))
 
     def _plan(self, epoch: int, done: float) -> Plan:
         recipe = self.recipe
@@ -57,17 +59,33 @@ class Inner:
 
     def __call__(self, images: Tensor, data: Data, *, epoch: int, done: float) -> Tensor:
         """Adversarial images of a batch (N, C, H, W); `done` is the share of all steps before this one."""
+        plan = self._plan(epoch, done)
+        begin = first(plan, Batch(data.ids, images, {}))
+        if images.is_cuda and done >= self.recipe.eps_ramp:
+            return self.recorded(begin, images, data.label)
+        return self._search(plan)(begin, images, data.label)
+
+    def _search(self, plan: Plan) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The attack as a function of (first iterates, images, labels) and of the weights as they are."""
+
+        def search(begin: Tensor, images: Tensor, label: Tensor) -> Tensor:
+            # Without the cache: a record would go on with the bfloat16 weights of its first step.
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe.amp, cache_enabled=False):
+                goal, context = self._goal(images, label)
+                return follow(goal, plan, begin, images, context)
+
+        return search
+
+    def _goal(self, images: Tensor, label: Tensor) -> tuple[Objective, dict[str, Tensor]]:
+        """What the attack maximises on the weights as they are, and what that knows of each row."""
         model: Callable[[Tensor], Tensor] = self.classifier
         if self.recipe.attack_bn == "eval":
             self.folded.refresh(self.classifier)
             model = self.folded
-        context = {"label": data.label}
-        goal = objective(model)
-        if self.recipe.method == "trades":
-            with torch.no_grad():
-                context["log_p"] = F.log_softmax(model(images), dim=1)
-            goal = _kl_objective(model)
-        return drive(goal, self._plan(epoch, done), Batch(data.ids, images, context))
+        if self.recipe.method != "trades":
+            return objective(model), {"label": label}
+        with torch.no_grad():
+            return _kl_objective(model), {"log_p": F.log_softmax(model(images), dim=1)}
 
 
 def noisy(images: Tensor, data: Data, recipe: Recipe, *, epoch: int) -> Tensor:
@@ -97,16 +115,17 @@ def loss_of(
 
     Shapes: images (N, C, H, W); a scalar and (N, K). done: the share of all steps that is behind.
     """
+    smoothing = recipe.smoothing or 0.0
     if recipe.method == "gradient-penalty":
         return penalised(classifier, images, data.label, weight=recipe.beta)
     if inner is None:
         logits = classifier(noisy(images, data, recipe, epoch=epoch) if recipe.method == "noise" else images)
-        return F.cross_entropy(logits, data.label), logits
+        return F.cross_entropy(logits, data.label, label_smoothing=smoothing), logits
     attacked = inner(images, data, epoch=epoch, done=done)
     if recipe.method != "trades":
         logits = classifier(attacked)
-        return F.cross_entropy(logits, data.label), logits
+        return F.cross_entropy(logits, data.label, label_smoothing=smoothing), logits
     both = classifier(torch.cat([images, attacked]))
     clean, moved = both.chunk(2)
     divergence = F.kl_div(F.log_softmax(moved, 1), F.log_softmax(clean, 1), reduction="batchmean", log_target=True)
-    return F.cross_entropy(clean, data.label) + recipe.beta * divergence, moved
+    return F.cross_entropy(clean, data.label, label_smoothing=smoothing) + recipe.beta * divergence, moved

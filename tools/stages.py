@@ -12,6 +12,7 @@ from torch import Tensor
 from rbkit.tools import random
 from rbkit.tools.attack import Attack
 from rbkit.tools.flow import Flow, Poll, finished
+from rbkit.tools.gpu import products
 from rbkit.tools.models import Evaluation
 from rbkit.tools.norms import NORMS
 from rbkit.tools.sameness import Widths
@@ -43,15 +44,23 @@ class _Tag:
 
 
 def run(
-    evaluation: Evaluation, spec: Attack, poll: Poll, *, refill: bool = True, judge: Evaluation | None = None
+    evaluation: Evaluation,
+    spec: Attack,
+    poll: Poll,
+    *,
+    refill: bool = True,
+    judge: Evaluation | None = None,
+    tf32: bool = False,
 ) -> Iterator[tuple[Any, Attacked]]:
     """Attack batches as they come; yields (tag of the batch, result) in order, rows refilled across ready batches.
 
-    With a `judge`, images are made on `evaluation`, always to the end, and success is what the judge says.
+    With a `judge`, images are made on `evaluation`, always to the end, and success is what the judge says. With `tf32`
+    they are made by products in TF32 on a GPU, and judged in float32.
     """
-    source, widths = poll, Widths(evaluation)
+    # On a GPU a narrower block hardly takes less time, and has other last bits.
+    source, widths = poll, None if evaluation.device.type == "cuda" else Widths(evaluation)
     for stage in spec.stages():
-        source = _Stage(evaluation, stage, source, refill=refill, judge=judge, widths=widths).poll
+        source = _Stage(evaluation, stage, source, refill=refill, judge=judge, widths=widths, tf32=tf32).poll
     for batch in finished(source):
         yield batch.tag.tag, batch.tag.before
 
@@ -67,23 +76,31 @@ class _Stage:
         *,
         refill: bool,
         judge: Evaluation | None,
-        widths: Widths,
+        widths: Widths | None,
+        tf32: bool,
     ) -> None:
-        self.evaluation, self.judge, self.source = evaluation, judge, source
+        self.evaluation, self.judge, self.source, self.tf32 = evaluation, judge, source, tf32
         self.spec = spec if judge is None else replace(spec, until="end")
         self.goal = spec.goal(evaluation)
         block = evaluation.block
         self.flow = Flow(
-            self.goal, self.spec.ascent(), self._ready, block=block, refill=refill, widths=widths.narrowest
+            self.goal,
+            self.spec.ascent(),
+            self._ready,
+            block=block,
+            refill=refill,
+            widths=None if widths is None else widths.narrowest,
         )
 
     def _ready(self, wait: bool) -> Batch | None:
         batch = self.source(wait)
-        return None if batch is None else prepare(self.evaluation, self.spec, batch, judge=self.judge)
+        with products(tf32=False):
+            return None if batch is None else prepare(self.evaluation, self.spec, batch, judge=self.judge)
 
     def poll(self, wait: bool) -> Batch | None:
         """The next batch that is done, its result in the tag, and as what an earlier attack left in the context."""
-        found = self.flow.poll(wait)
+        with products(tf32=self.tf32):
+            found = self.flow.poll(wait)
         if found is None:
             return None
         batch, outcome = found
@@ -105,8 +122,8 @@ class _Stage:
             outcome.images = torch.where(reached[:, None, None, None], outcome.images, before)
         if known.earlier is not None or self.spec.keep == "batch":
             outcome.images[known.broken] = before[known.broken]
-        if self.judge is not None:
-            reached = self.spec.goal(self.judge.logits)(outcome.images, batch.context)[1]
+        if self.judge is not None or self.tf32:
+            reached = self.spec.goal((self.judge or self.evaluation).logits)(outcome.images, batch.context)[1]
         target = batch.context["target"] if self.spec.targeted else None
         return Attacked(outcome, reached | known.broken, target, distance)
 

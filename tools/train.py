@@ -8,6 +8,7 @@ train together (`ranks`) share the micro-batches of each step and hold the same 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from rbkit.tools import random
 from rbkit.tools.augment import crop_flip, resized
 from rbkit.tools.examples import Data, as_float
+from rbkit.tools.gpu import Reading, products
 from rbkit.tools.microbatch import Tally, mean_gradient
 from rbkit.tools.models import Classifier
 from rbkit.tools.philox import key_of
@@ -43,11 +45,22 @@ class State:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of the epoch: loss, right, examples
     records: list[dict[str, Any]] = field(default_factory=list)
+    unread: tuple[Reading, str] | None = None  # what the last step adds to the sums, and where it stood
 
     @property
     def subject(self) -> Classifier:
         """The classifier that is validated and kept: the averaged one where there is one."""
         return self.classifier if self.average is None else self.average
+
+    def settle(self) -> None:
+        """Add what the last step told to the sums. Raises: NumericError if its loss is not finite."""
+        if self.unread is None:
+            return
+        (reading, where), self.unread = self.unread, None
+        found = reading.read()
+        if not math.isfinite(found[0]):
+            raise NumericError(f"loss is {found[0] / found[2]} {where}; try a smaller --lr")
+        self.sums = [total + new for total, new in zip(self.sums, found, strict=True)]
 
     def weights(self) -> dict[str, Tensor]:
         """The network's state dict, copied."""
@@ -99,27 +112,36 @@ def train_epoch(
     data: Data,
     recipe: Recipe,
     *,
+    inner: Inner | None = None,
     tick: Callable[[int], None] = lambda step: None,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """What is left of a pass over the data; returns the mean loss and accuracy over examples.
 
-    `tick(step)` is called after each step, when `state` may be saved; what it raises ends the pass.
+    inner: the attack of a robust recipe, from `attack_of`; made anew where it is None. `tick(step)` is called after each
+    step, when `state` may be saved once it is settled; what it raises ends the pass.
 
-    Raises: NumericError with step and learning rate when the loss is not finite.
+    Raises: NumericError with step and learning rate when the loss is not finite; on a GPU one step later, as asking would
+    make it wait.
     """
     steps = steps_per_epoch(data, recipe)
     order = random.permutation(len(data), seed=recipe.seed, purpose="order", draw=state.epoch).to(data.label.device)
-    inner = Inner(state.classifier, recipe) if recipe.method in ROBUST else None
+    inner = attack_of(state, recipe) if inner is None else inner
     state.classifier.train()
-    with _sound_kernels(state.classifier):
+    with _sound_kernels(state.classifier), products(tf32=bool(recipe.tf32)):
         for index in range(state.step - state.epoch * steps, steps):
             rows = order[index * recipe.batch : (index + 1) * recipe.batch]
             _step(state, inner, data, rows, recipe, total=steps * recipe.epochs, ranks=ranks)
             tick(state.step)
+    state.settle()
     loss, right, count = state.sums
     state.sums = [0.0, 0.0, 0.0]
     return {"train_loss": loss / count, "train_accuracy": right / count}
+
+
+def attack_of(state: State, recipe: Recipe) -> Inner | None:
+    """The inner attack of a robust recipe, on the live classifier."""
+    return Inner(state.classifier, recipe) if recipe.method in ROBUST else None
 
 
 def steps_per_epoch(data: Data, recipe: Recipe) -> int:
@@ -160,10 +182,11 @@ def _augmented(batch: Data, recipe: Recipe, *, epoch: int) -> Tensor:
 
 def _descend(state: State, tallies: list[Tally], recipe: Recipe, lr: float) -> None:
     """The step of the optimiser along the gradient at hand."""
-    loss, rows = sum(t.loss * t.rows for t in tallies), float(sum(t.rows for t in tallies))
-    if not math.isfinite(loss):
-        where = f"at step {state.step} (epoch {state.epoch + 1}, learning rate {lr:.3g})"
-        raise NumericError(f"loss is {loss / rows} {where}; try a smaller --lr")
+    state.settle()
+    reading = Reading(_sums(tallies))
+    state.unread = reading, f"at step {state.step} (epoch {state.epoch + 1}, learning rate {lr:.3g})"
+    if reading.arrived is None:  # on a CPU the numbers are there, and spoil no weights
+        state.settle()
     for group in state.optimiser.param_groups:
         group["lr"] = lr
     if recipe.clip_value:
@@ -172,8 +195,13 @@ def _descend(state: State, tallies: list[Tally], recipe: Recipe, lr: float) -> N
     state.step += 1
     if state.average is not None:
         _average(state.average, state.classifier, recipe.ema, state.step)
-    found = (loss, sum(t.right for t in tallies), rows)
-    state.sums = [total + new for total, new in zip(state.sums, found, strict=True)]
+
+
+def _sums(tallies: list[Tally]) -> Tensor:
+    """Sums over the rows of micro-batches: loss, right predictions, and how many rows; float64 (3,)."""
+    parts = [torch.stack([t.loss.double() * t.rows, t.right.double()]) for t in tallies]
+    rows = parts[0].new_full((1,), sum(t.rows for t in tallies))
+    return torch.cat([functools.reduce(torch.add, parts), rows])
 
 
 def selection_score(record: dict[str, Any], recipe: Recipe) -> float:
@@ -195,9 +223,10 @@ def fit(
     ranks: Ranks = ALONE,
 ) -> Iterator[dict[str, Any]]:
     """Train from where `state` stands; yields a record per epoch, after which `state` may be saved."""
+    inner = attack_of(state, recipe)
     while state.epoch < recipe.epochs:
         record: dict[str, Any] = {"event": "epoch", "epoch": state.epoch + 1}
-        record |= train_epoch(state, data, recipe, tick=tick, ranks=ranks)
+        record |= train_epoch(state, data, recipe, inner=inner, tick=tick, ranks=ranks)
         if held_out is not None and len(held_out):
             record |= validate(state.subject, held_out, recipe, ranks)
         score = selection_score(record, recipe)

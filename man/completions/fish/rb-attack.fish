@@ -17,7 +17,7 @@ complete -c rb-attack -l last-iterate -x -a 'judged unjudged' -d 'pgd: unjudged 
 complete -c rb-attack -l surrogate -r -d 'Make the images on this model, to the end; whether they broke is told by --model.'
 complete -c rb-attack -l seed -x -d 'Seed of every random number.'
 complete -c rb-attack -l refill -l no-refill -d 'Give the slot of a broken example to the next one.'
-complete -c rb-attack -l block -x -d 'Rows computed at a time, a multiple of 32; recorded, as it moves last bits.'
+complete -c rb-attack -l block -x -d 'Rows computed at a time, a multiple of 32; default 64, on a GPU 512; recorded, as it moves last bits.'
 complete -c rb-attack -l arch -x -d 'Leave to import and run this factory, which the model file must name too; may be repeated.'
 complete -c rb-attack -l shard -x -d 'Only the K-th of N contiguous parts of the whole input (from 1); slurm or slurm/N: by the array task.'
 complete -c rb-attack -l device -x -a 'auto cpu cuda' -d 'auto, cpu, cuda or cuda:N; auto takes a GPU where there is one.'

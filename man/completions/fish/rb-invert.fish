@@ -18,7 +18,7 @@ complete -c rb-invert -l keep -x -a 'best batch last' -d 'The best iterate of ea
 complete -c rb-invert -l last-iterate -x -a 'judged unjudged' -d 'unjudged leaves the iterate after the last step out, as the paper does.'
 complete -c rb-invert -l fake-relu -d 'Let gradients through the last ReLU, as the paper does.'
 complete -c rb-invert -l seed -x -d 'Seed of every random number.'
-complete -c rb-invert -l block -x -d 'Rows computed at a time, a multiple of 32; recorded, as it moves last bits.'
+complete -c rb-invert -l block -x -d 'Rows computed at a time, a multiple of 32; default 64, on a GPU 512; recorded, as it moves last bits.'
 complete -c rb-invert -l arch -x -d 'Leave to import and run this factory, which the model file must name too; may be repeated.'
 complete -c rb-invert -l shard -x -d 'Only the K-th of N contiguous parts of the whole input (from 1); slurm or slurm/N: by the array task.'
 complete -c rb-invert -l device -x -a 'auto cpu cuda' -d 'auto, cpu, cuda or cuda:N; auto takes a GPU where there is one.'

@@ -19,7 +19,7 @@ complete -c rb-saliency -l stride -x -d 'occlusion: step of the square, in pixel
 complete -c rb-saliency -l layer -x -d 'grad-cam: layer of the feature map; default the last map before the head.'
 complete -c rb-saliency -l signed -d 'grad-cam: keep negative values, which the paper drops.'
 complete -c rb-saliency -l seed -x -d 'Seed of every random number.'
-complete -c rb-saliency -l block -x -d 'Rows computed at a time, a multiple of 32; recorded, as it moves last bits.'
+complete -c rb-saliency -l block -x -d 'Rows computed at a time, a multiple of 32; default 64, on a GPU 512; recorded, as it moves last bits.'
 complete -c rb-saliency -l arch -x -d 'Leave to import and run this factory, which the model file must name too; may be repeated.'
 complete -c rb-saliency -l shard -x -d 'Only the K-th of N contiguous parts of the whole input (from 1); slurm or slurm/N: by the array task.'
 complete -c rb-saliency -l device -x -a 'auto cpu cuda' -d 'auto, cpu, cuda or cuda:N; auto takes a GPU where there is one.'

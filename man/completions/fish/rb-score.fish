@@ -13,7 +13,7 @@ complete -c rb-score -l flags -d 'Red flags of masked gradients and failed attac
 complete -c rb-score -l tag -x -d 'A word in every record, by which rb-report tells studies apart.'
 complete -c rb-score -l per-example -d 'One line per image instead: name, prediction, values.'
 complete -c rb-score -l json -d 'JSON lines, also on a terminal.'
-complete -c rb-score -l block -x -d 'Rows computed at a time, a multiple of 32; recorded, as it moves last bits.'
+complete -c rb-score -l block -x -d 'Rows computed at a time, a multiple of 32; default 64, on a GPU 512; recorded, as it moves last bits.'
 complete -c rb-score -l shard -x -d 'Only the K-th of N contiguous parts of the whole input (from 1); slurm or slurm/N: by the array task.'
 complete -c rb-score -l device -x -a 'auto cpu cuda' -d 'auto, cpu, cuda or cuda:N; auto takes a GPU where there is one.'
 complete -c rb-score -l threads -x -d 'CPU threads; default: what affinity and quota allow.'

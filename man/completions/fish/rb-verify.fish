@@ -5,7 +5,7 @@ complete -c rb-verify -l norm -x -a 'l2 linf' -d 'Where the stream does not say.
 complete -c rb-verify -l eps -x -d 'Where the stream does not say; 8/255 is accepted.'
 complete -c rb-verify -l selftest -d 'Put rbkit'\''s own tools to oracles whose answer is known on paper.'
 complete -c rb-verify -l json -d 'JSON lines, also on a terminal.'
-complete -c rb-verify -l block -x -d 'Rows computed at a time, a multiple of 32; recorded, as it moves last bits.'
+complete -c rb-verify -l block -x -d 'Rows computed at a time, a multiple of 32; default 64, on a GPU 512; recorded, as it moves last bits.'
 complete -c rb-verify -l arch -x -d 'Leave to import and run this factory, which the model file must name too; may be repeated.'
 complete -c rb-verify -l device -x -a 'auto cpu cuda' -d 'auto, cpu, cuda or cuda:N; auto takes a GPU where there is one.'
 complete -c rb-verify -l threads -x -d 'CPU threads; default: what affinity and quota allow.'

@@ -1,6 +1,7 @@
 # The study of the paper (D. Boychev 2023, arXiv 2307.02500) as a graph of files, once per profile. The Makefile calls it:
 #
 #   make paper DATA=cifar10 ROOT=DIR SCALE=cpu             scaled down, 19 minutes of one CPU core
+#   make paper DATA=cifar10 ROOT=DIR SCALE=gpu             full network and images, short training: minutes of a large GPU
 #   make paper DATA=small-imagenet-150 ROOT=DIR PROFILE=paper
 #   make paper-figure-ig, make paper-table-accuracy, ...   one figure or table, with what it needs
 #
@@ -18,6 +19,10 @@ SEED    ?= 0
 OUT     ?= out
 
 pick = $($(1)_$(DATA)_$(SCALE))
+# By scale: $(call at,cpu,gpu,full)
+at = $(if $(filter cpu,$(SCALE)),$(1),$(if $(filter gpu,$(SCALE)),$(2),$(3)))
+# Attacks in TF32 where a GPU has it, judged in float32.
+FAST = $(call at,,--tf32,--tf32)
 cifar := cifar10
 small := small-imagenet-150
 
@@ -25,10 +30,13 @@ small := small-imagenet-150
 NTRAIN_cifar10_cpu            := 5000
 NTEST_cifar10_cpu             := 500
 ARCH_cifar10_full             := resnet18
+ARCH_cifar10_gpu              := resnet18
 ARCH_cifar10_cpu              := resnet8
 ARCH_small-imagenet-150_full  := torchvision:resnet50
+ARCH_small-imagenet-150_gpu   := torchvision:resnet50
 ARCH_small-imagenet-150_cpu   := resnet8
 SUBSET_small-imagenet-150_full := --classes 150 --per-class 600,50,60 --size 128
+SUBSET_small-imagenet-150_gpu  := $(SUBSET_small-imagenet-150_full)
 SUBSET_small-imagenet-150_cpu  := --classes 10 --per-class 200,20,20 --size 64
 NTRAIN ?= $(call pick,NTRAIN)
 NTEST  ?= $(call pick,NTEST)
@@ -38,8 +46,8 @@ SUBSET ?= $(call pick,SUBSET)
 # Rows that maps, inversions, class images and the strongest attack are made of; background images of SHAP.
 NMAPS  ?= 24
 NINV   ?= $(if $(filter cpu,$(SCALE)),8,64)
-NCLASS ?= $(if $(filter cpu,$(SCALE)),200,$(if $(filter $(small),$(DATA)),7500,10000))
-NAUTO  ?= $(if $(filter cpu,$(SCALE)),100,1000)
+NCLASS ?= $(call at,200,1000,$(if $(filter $(small),$(DATA)),7500,10000))
+NAUTO  ?= $(call at,100,256,1000)
 NBACK  ?= 176
 
 # The ball, and the step of an attack of 20 steps.
@@ -54,43 +62,47 @@ LINF   := --norm linf --eps 4/255 --step-size 0.01
 
 RECIPE_paper_cifar10_full            := --epochs 100 --schedule-epochs 200 --batch 128 --lr 0.01 --augment crop-flip
 RECIPE_paper_small-imagenet-150_full := --epochs 150 --schedule-epochs 200 --batch 200 --lr 1e-4 --optimizer adam --augment resized
+RECIPE_paper_cifar10_gpu             := --epochs 4 --schedule-epochs 8 --batch 128 --lr 0.01 --augment crop-flip --amp
+RECIPE_paper_small-imagenet-150_gpu  := --epochs 4 --schedule-epochs 8 --batch 200 --lr 1e-4 --optimizer adam --augment resized --amp
 RECIPE_paper_cifar10_cpu             := --epochs 6 --schedule-epochs 12 --batch 32 --lr 0.05 --augment flip
 RECIPE_paper_small-imagenet-150_cpu  := $(RECIPE_paper_cifar10_cpu)
 UNJUDGED := --last-iterate unjudged
 TRAIN.paper  = $(RECIPE_paper_$(DATA)_$(SCALE)) --schedule cosine --no-nesterov --clip-value 0.1 --val $(SELECT.paper)
 INNER.paper  = $(if $(filter cpu,$(SCALE)),--steps 5,--steps 20 --step-size $(STEP))
 BALL.paper   = $(INNER.paper) --attack-bn train --attack-start clean --attack-keep batch $(UNJUDGED)
-ATTACK.paper := --steps 20 --start clean --keep batch $(UNJUDGED) --block 128
+ATTACK.paper := --steps 20 --start clean --keep batch $(UNJUDGED) --block 128 $(FAST)
 IG.paper     := --explain probability --target predicted --baseline uniform --baselines 10 --steps 50
 SHAP.paper   := --target predicted --samples 200
-INVERT.paper := --steps $(if $(filter cpu,$(SCALE)),100 --block 32,10000) --step-size 1 --fake-relu --keep last $(UNJUDGED)
+INVERT.paper := --steps $(call at,100 --block 32,1000 --block 64,10000) --step-size 1 --fake-relu --keep last $(UNJUDGED)
 CLASS.paper  := --objective logit --steps 60 --fake-relu --keep batch $(UNJUDGED)
 REFERENCE.paper := test
-SELECT.paper = $(B)/test.safetensors
+SELECT.paper = $(B)/$(call at,test,hard,test).safetensors
 
 # ---------------------------------------------------------------------------------------------------- profile: sound
 # A schedule that ends at 0, averaged weights, the epoch chosen on held-out training rows, a random start; per-example
 # iterates, the last one judged; one target class for both models, paths refined to one error; seeds and background images
 # from the training rows.
 
-RECIPE_sound_cifar10_full            := --epochs 60 --batch 128 --lr 0.2 --ema 0.999 --augment crop-flip
-RECIPE_sound_small-imagenet-150_full := --epochs 60 --batch 128 --lr 0.1 --ema 0.999 --augment resized
+RECIPE_sound_cifar10_full            := --epochs 60 --batch 128 --lr 0.2 --ema 0.999 --augment crop-flip --tf32
+RECIPE_sound_small-imagenet-150_full := --epochs 60 --batch 128 --lr 0.1 --ema 0.999 --augment resized --tf32
+RECIPE_sound_cifar10_gpu             := --epochs 16 --batch 256 --lr 0.2 --ema 0.995 --augment crop-flip --amp
+RECIPE_sound_small-imagenet-150_gpu  := --epochs 8 --batch 256 --lr 0.1 --ema 0.995 --augment resized --amp
 RECIPE_sound_cifar10_cpu             := --epochs 6 --batch 32 --lr 0.1 --ema 0.99 --augment flip
 RECIPE_sound_small-imagenet-150_cpu  := $(RECIPE_sound_cifar10_cpu)
-TRAIN.sound  = $(RECIPE_sound_$(DATA)_$(SCALE)) --schedule onecycle --val $(or $(SELECT.sound),0.1) --select robust
-BALL.sound   = $(if $(filter cpu,$(SCALE)),--steps 4 --eps-ramp 0.5,--steps 10)
-ATTACK.sound := --steps 20
+TRAIN.sound  = $(RECIPE_sound_$(DATA)_$(SCALE)) --schedule onecycle --val $(or $(SELECT.sound),$(call at,0.1,0.02,0.1)) --select robust
+BALL.sound   = $(call at,--steps 4 --eps-ramp 0.5,--steps 7,--steps 10)
+ATTACK.sound := --steps 20 $(FAST)
 IG.sound     := --explain probability --target label --baseline uniform --baselines 10 --steps 50 --ig-tolerance 0.02 \
-    --max-steps $(if $(filter cpu,$(SCALE)),100,1600)
+    --max-steps $(call at,100,400,1600)
 SHAP.sound   := --target label --samples 200
-INVERT.sound := --steps $(if $(filter cpu,$(SCALE)),100 --block 32,1000) --step-size 0.5
+INVERT.sound := --steps $(call at,100 --block 32,1000 --block 64,1000) --step-size 0.5
 CLASS.sound  := --objective ce --steps 60
 REFERENCE.sound := train
 SELECT.sound = $(if $(filter $(small),$(DATA)),$(B)/val.safetensors)
 
 # How far a class image may go from its seed, and its step.
 GROW := $(if $(filter $(small),$(DATA)),--eps 40 --step-size 1,--eps 30 --step-size 0.5)
-AUTO := --attack auto $(if $(filter cpu,$(SCALE)),--steps 10 --queries 200)
+AUTO := --attack auto $(call at,--steps 10 --queries 200,--block 256 $(FAST),$(FAST))
 # Where a pair of models would decide nothing: see --clean and --gap of rb-report.
 BOUNDS := --clean $(if $(filter cpu,$(SCALE)),0.4:1,0.5:1) --gap 0.15
 # Metrics of maps; those that explain again cost as much as all the rest.
@@ -110,7 +122,7 @@ MODELS := standard robust
 
 $(foreach p,$(PROFILE),$(if $(filter $(p),paper sound),,$(error PROFILE=$(p): expected paper, sound or both)))
 $(if $(filter $(DATA),$(cifar) $(small)),,$(error DATA=$(DATA): the paper has $(cifar) and $(small)))
-$(if $(filter $(SCALE),cpu full),,$(error SCALE=$(SCALE): expected cpu or full))
+$(if $(filter $(SCALE),cpu gpu full),,$(error SCALE=$(SCALE): expected cpu, gpu or full))
 
 .PHONY: paper FORCE
 paper: $(B)/report.html
@@ -245,13 +257,15 @@ SHEETS := $(foreach f,$(filter-out curves,$(FIGURES)),$(call drawn,$(f)))
 # ---------------------------------------------------------------------------------------------------- tables, report
 
 PUBLISHED := results/paper/$(DATA).jsonl
-TITLE := the paper's study on $(DATA)$(if $(filter cpu,$(SCALE)), scaled down (SCALE=cpu))
+TITLE := the paper's study on $(DATA)$(call at, scaled down (SCALE=cpu), with short training (SCALE=gpu))
 SCALED := Scaled down for a CPU (SCALE=cpu): $(ARCH) instead of $(ARCH_$(DATA)_full), few images and epochs, shorter \
     attacks. The graph is that of the whole study; the numbers are not comparable with the published ones.
 LOSSY := The images come from a folder of pictures, which may be recompressed copies of the data set.
-NOTE := $(if $(filter cpu,$(SCALE)),$(strip $(SCALED))) $(if $(filter $(cifar),$(DATA)),$(if $(PICTURES),$(LOSSY)))
+SHORT := Short training (SCALE=gpu): network and images are those of the full study, its epochs are a few, in bfloat16; \
+    attacks search in TF32 and are judged in float32.
+NOTE := $(call at,$(strip $(SCALED)),$(strip $(SHORT))) $(if $(filter $(cifar),$(DATA)),$(if $(PICTURES),$(LOSSY)))
 REPORT = rb-report $^ --published $(PUBLISHED) --title "$(TITLE)" --note "$(strip $(NOTE))" \
-    $(BOUNDS) --ours "ours$(if $(filter cpu,$(SCALE)), (SCALE=cpu))"
+    $(BOUNDS) --ours "ours$(if $(filter full,$(SCALE)),, (SCALE=$(SCALE)))"
 
 TABLES := accuracy curves completeness inversion distance fid
 needs_accuracy     := robustness

@@ -57,6 +57,7 @@ TAKES = {  # options that not every attack has, and those that have them
     "targeted": ("fgsm", "pgd"),
     "keep": ("pgd",),
     "last_iterate": ("pgd",),
+    "tf32": ("fgsm", "pgd", *APGD, "square", "auto"),
 }
 
 
@@ -172,6 +173,14 @@ def attack(
     refill: Annotated[
         bool, typer.Option("--refill/--no-refill", help="Give the slot of a broken example to the next one.")
     ] = True,
+    tf32: Annotated[
+        bool | None,
+        typer.Option(
+            "--tf32",
+            help="On a GPU: search by products in TF32, several times as fast; success is told in float32.",
+            show_default=False,
+        ),
+    ] = None,
     block: Block = None,
     arch: ArchName = None,
     shard: Shard = None,
@@ -298,7 +307,9 @@ def _attack_stream(
     history = _history.entry("rb-attack", _recorded(options, spec), model=victim.sha, inputs=inputs)
     with Progress("rb-attack", total=None, unit="images", quiet=options["quiet"]) as progress:
         poll = _poll(ahead, evaluation.device, options)
-        results = stages.run(evaluation, spec, poll, refill=options["refill"], judge=judge)
+        results = stages.run(
+            evaluation, spec, poll, refill=options["refill"], judge=judge, tf32=bool(options["tf32"])
+        )
         for chunk, result in results:
             _check_ball(chunk, result, spec)
             arrays = {**chunk.arrays, **_columns(chunk, result)}

@@ -310,6 +310,8 @@ def _method(options: dict[str, Any], radius: float) -> str:
         raise Usage(
             f"--method {method} with --eps {options['eps']}: {', '.join(ROBUST)} need a radius, others have none"
         )
+    if method == "gradient-penalty" and options["smoothing"] is not None:
+        raise Usage("--smoothing goes with the other methods: gradient-penalty is of the loss of the plain labels")
     if (method == "noise") != (options["sigma"] is not None):
         raise Usage("--method noise and --sigma X go together")
     return method

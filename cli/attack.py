@@ -424,7 +424,7 @@ def _columns(chunk: Chunk, result: Attacked) -> dict[str, Any]:
 def _recorded(options: dict[str, Any], spec: Attack) -> dict[str, Any]:
     """The options with their defaults filled in, as the history keeps them: those that this attack takes."""
     filled = {"eps": spec.eps, "until": spec.until, "surrogate": None}
-    taken = [name for name, takers in TAKES.items() if spec.name in takers]
+    taken = [name for name, takers in TAKES.items() if spec.name in takers and hasattr(spec, name)]
     return {**options, **{name: getattr(spec, name) for name in taken}, **filled}
 
 

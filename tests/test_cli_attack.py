@@ -108,17 +108,18 @@ def test_what_left_its_ball_is_not_written(norm: str) -> None:
             _check_ball(chunk, SimpleNamespace(outcome=SimpleNamespace(images=images)), spec)  # type: ignore[arg-type]
 
 
-def test_tf32_is_recorded_and_changes_nothing_on_a_cpu(
-    run: Callable[..., Result], stream_file: Path, model_file: Path, tmp_path: Path
-) -> None:
+def test_tf32_is_recorded_and_changes_nothing_on_a_cpu(stream_file: Path, model_file: Path, tmp_path: Path) -> None:
     common = ("rb-attack", stream_file, "-m", model_file, "--device", "cpu", "--eps", 0.25, "--steps", 5, "-q", "-o")
     for name, extra in (("plain", ()), ("fast", ("--tf32",))):
-        assert run(*common, tmp_path / f"{name}.safetensors", *extra).status == 0
-    plain, fast = (load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "fast"))
+        assert execute(*common, tmp_path / f"{name}.safetensors", *extra).status == 0
+    plain, fast = (st.load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "fast"))
     assert all(np.array_equal(plain[key], fast[key]) for key in plain)
-    lines = run("rb-info", "--replay", tmp_path / "fast.safetensors").out.decode()
-    assert "--tf32" in lines and "--tf32" not in run("rb-info", "--replay", tmp_path / "plain.safetensors").out.decode()
-    refused = run(
+    lines = execute("rb-info", "--replay", tmp_path / "fast.safetensors").out.decode()
+    assert (
+        "--tf32" in lines
+        and "--tf32" not in execute("rb-info", "--replay", tmp_path / "plain.safetensors").out.decode()
+    )
+    refused = execute(
         "rb-attack", stream_file, "-m", model_file, "--attack", "fab-t", "--tf32", "-o", tmp_path / "no.safetensors"
     )
     assert refused.status == 2 and "--tf32 goes with" in refused.err

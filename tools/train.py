@@ -98,13 +98,19 @@ def _sound_kernels(classifier: Classifier) -> Iterator[None]:
 
 
 def _average(average: Classifier, classifier: Classifier, decay: float, step: int) -> None:
-    """Exponential moving average of the weights, with a shorter memory at the start; buffers are copied."""
+    """Exponential moving average of weights and BatchNorm statistics, with a shorter memory at the start.
+
+    Statistics of the live weights alone would not be those of the averaged ones: at a high learning rate the averaged
+    network is then far worse than either. Counters are copied.
+    """
     decay = min(decay, (1 + step) / (10 + step))
+    pairs = zip((*average.parameters(), *average.buffers()), (*classifier.parameters(), *classifier.buffers()), strict=True)
     with torch.no_grad():
-        for kept, live in zip(average.parameters(), classifier.parameters(), strict=True):
-            kept.lerp_(live, 1 - decay)
-        for buffer, source in zip(average.buffers(), classifier.buffers(), strict=True):
-            buffer.copy_(source)
+        for kept, live in pairs:
+            if kept.is_floating_point():
+                kept.lerp_(live, 1 - decay)
+            else:
+                kept.copy_(live)
 
 
 def train_epoch(

@@ -91,7 +91,7 @@ def inline(text: str) -> str:
     text = escaped(text)
     text = re.sub(r"`([^`]+)`", lambda m: keep(bold(m[1])), text)
     text = re.sub(r"\b(rb-[a-z]+|rbkit(?:-cluster)?)\(([157])\)", lambda m: keep(bold(m[1]) + f"({m[2]})"), text)
-    text = re.sub(r"(?<![\w-])(--?[a-z][a-z-]*)", lambda m: keep(bold(m[1])), text)
+    text = re.sub(r"(?<![\w-])(--?[a-z][a-z0-9-]*)", lambda m: keep(bold(m[1])), text)
     text = re.sub(r"(?<![\w*])\*([^*\s][^*]*)\*", lambda m: keep(rf"\fI{m[1]}\fR"), text)
     return re.sub("\0(\\d+)\0", lambda m: kept[int(m[1])], text)
 

@@ -101,10 +101,10 @@ def test_every_command_is_documented_and_names_itself(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_options_of_help_and_man_page_agree(name: str) -> None:
-    shown = set(re.findall(r"--[a-z][a-z-]+", execute(name, "--help").out.decode()))
+    shown = set(re.findall(r"--[a-z][a-z0-9-]+", execute(name, "--help").out.decode()))
     page = (ROOT / "man" / f"{name}.1").read_text().replace(r"\-", "-")
     options = page.partition("\n.SH OPTIONS")[2].partition("\n.SH ")[0]
-    assert shown - {"--help"} == set(re.findall(r"--[a-z][a-z-]+", options)) - {"--help"}
+    assert shown - {"--help"} == set(re.findall(r"--[a-z][a-z0-9-]+", options)) - {"--help"}
 
 
 def test_readme_examples_run(place: Path) -> None:

@@ -141,7 +141,7 @@ def test_sections_stand_in_the_usual_order(page: str) -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_spelling_of_every_option_is_an_entry(name: str) -> None:
-    found = {word for head in terms(section(f"{name}.1", "OPTIONS")) for word in re.findall(r"(?<!\w)--?[a-z-]+", head)}
+    found = {word for head in terms(section(f"{name}.1", "OPTIONS")) for word in re.findall(r"(?<!\w)--?[a-z][a-z0-9-]*", head)}
     spelt = {word for p in parameters(name) if p.param_type_name == "option" for word in (*p.opts, *p.secondary_opts)}
     assert found == spelt | {"--help"}
 
@@ -249,7 +249,7 @@ def complete(name: str, *words: str) -> set[str]:
 def test_bash_completion_registers_and_knows_every_option(name: str) -> None:
     result = shell(f"source {MAN}/completions/bash/{name}; complete -p {name}")
     assert result.status == 0 and f"-F _{name.replace('-', '_')} {name}".encode() in result.out
-    shown = set(re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", execute(name, "--help").out.decode(), flags=re.M))
+    shown = set(re.findall(r"^ +(?:-\w, )?(--[a-z][a-z0-9-]*)", execute(name, "--help").out.decode(), flags=re.M))
     assert "--help" in shown and shown <= complete(name, "-")
 
 

@@ -102,7 +102,7 @@ def average_by_hand(average, model, decay):
     for kept, p in zip(average.parameters(), model.parameters(), strict=True):
         kept.copy_(decay * kept + (1 - decay) * p)
     for kept, b in zip(average.buffers(), model.buffers(), strict=True):
-        kept.copy_(b)
+        kept.copy_(decay * kept + (1 - decay) * b if b.is_floating_point() else b)
 
 
 def micro_batch_by_hand(model, recipe, rows, part, *, epoch, done):

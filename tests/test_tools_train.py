@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
+from torch.nn import functional as F
 from toys import C, K, N, SmallNet, W, convnet, generator, images
 
 from rbkit.tools import random, train
@@ -311,24 +312,20 @@ def test_a_loss_that_is_not_finite_says_where():
 def test_average_follows_with_its_decay_and_is_what_is_kept():
     plan = recipe(method="standard", ema=0.5)
     state = begin(fresh(), plan)
-    before = state.average.net.fc.weight.clone()
-    states = []
-    list(
-        fit(
-            state,
-            data(),
-            data(20, seed=1),
-            plan,
-            tick=lambda _: states.append(state.classifier.net.fc.weight.detach().clone()),
-        )
-    )
-    expected = before
-    for step, live in enumerate(states, start=1):
+    watched = ("fc.weight", "bn1.running_mean", "bn1.running_var")
+    expected = {name: state.average.net.state_dict()[name].clone() for name in watched}
+
+    def follow(step: int) -> None:
         decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * live
-    assert torch.allclose(state.average.net.fc.weight, expected, atol=1e-6)
+        for name in watched:
+            expected[name] = decay * expected[name] + (1 - decay) * state.classifier.net.state_dict()[name]
+
+    list(fit(state, data(), data(20, seed=1), plan, tick=follow))
+    for name in watched:
+        assert torch.allclose(state.average.net.state_dict()[name], expected[name], atol=1e-6), name
+    assert not torch.allclose(state.average.net.bn1.running_var, state.classifier.net.bn1.running_var, rtol=1e-4)
+    assert int(state.average.net.bn1.num_batches_tracked) == int(state.classifier.net.bn1.num_batches_tracked) > 0
     assert state.subject is state.average
-    assert torch.equal(state.average.net.bn1.running_mean, state.classifier.net.bn1.running_mean)
 
 
 @pytest.mark.parametrize(("select", "best"), [("mean", 2), ("clean", 1), ("robust", 3)])
@@ -368,3 +365,21 @@ def test_fewer_rows_than_a_batch_are_one_step():
     state = begin(fresh(), plan)
     list(fit(state, data(), None, plan))
     assert state.step == 2
+
+
+def test_labels_are_smoothed_outside_of_the_inner_attack():
+    """Szegedy et al. 2016: (1 - s) of the loss of the label and s of the mean over classes; the attack is unchanged."""
+    model, rows, share = fresh().train(), data(16), 0.3
+    images = as_float(rows.image)
+    plain = recipe(method="standard")
+    logits = copy.deepcopy(model)(images)
+    log_p = F.log_softmax(logits, 1)
+    expected = (1 - share) * -log_p.gather(1, rows.label[:, None]).mean() - share * log_p.mean()
+    found, _ = loss_of(copy.deepcopy(model), None, images, rows, replace(plain, smoothing=share), epoch=0, done=0.0)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+    robust = recipe(method="pgd")
+    attacks = [
+        Inner(copy.deepcopy(model), replace(robust, smoothing=s))(images, rows, epoch=0, done=0.0)
+        for s in (None, share)
+    ]
+    assert torch.equal(*attacks)

@@ -307,9 +307,7 @@ def _attack_stream(
     history = _history.entry("rb-attack", _recorded(options, spec), model=victim.sha, inputs=inputs)
     with Progress("rb-attack", total=None, unit="images", quiet=options["quiet"]) as progress:
         poll = _poll(ahead, evaluation.device, options)
-        results = stages.run(
-            evaluation, spec, poll, refill=options["refill"], judge=judge, tf32=bool(options["tf32"])
-        )
+        results = stages.run(evaluation, spec, poll, refill=options["refill"], judge=judge, tf32=bool(options["tf32"]))
         for chunk, result in results:
             _check_ball(chunk, result, spec)
             arrays = {**chunk.arrays, **_columns(chunk, result)}

@@ -141,7 +141,11 @@ def test_sections_stand_in_the_usual_order(page: str) -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_spelling_of_every_option_is_an_entry(name: str) -> None:
-    found = {word for head in terms(section(f"{name}.1", "OPTIONS")) for word in re.findall(r"(?<!\w)--?[a-z][a-z0-9-]*", head)}
+    found = {
+        word
+        for head in terms(section(f"{name}.1", "OPTIONS"))
+        for word in re.findall(r"(?<!\w)--?[a-z][a-z0-9-]*", head)
+    }
     spelt = {word for p in parameters(name) if p.param_type_name == "option" for word in (*p.opts, *p.secondary_opts)}
     assert found == spelt | {"--help"}
 

@@ -104,7 +104,9 @@ def _average(average: Classifier, classifier: Classifier, decay: float, step: in
     network is then far worse than either. Counters are copied.
     """
     decay = min(decay, (1 + step) / (10 + step))
-    pairs = zip((*average.parameters(), *average.buffers()), (*classifier.parameters(), *classifier.buffers()), strict=True)
+    pairs = zip(
+        (*average.parameters(), *average.buffers()), (*classifier.parameters(), *classifier.buffers()), strict=True
+    )
     with torch.no_grad():
         for kept, live in pairs:
             if kept.is_floating_point():

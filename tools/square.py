@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rbkit.tools import random
-from rbkit.tools.norms import Norm, per_row
+from rbkit.tools.norms import Norm, l2_size, per_row
 from rbkit.tools.slots import Batch, Objective, Slots, assign
 
 SHARE = 0.8  # of the pixels that the first patches cover, p of section 3.2
@@ -192,32 +192,85 @@ class L2Slots(SquareSlots):
         return self.scaled((signs * tile)[:, :, :height, :width])
 
     def proposal(self) -> Tensor:
-        """The best image with one patch emptied and another one pushed further."""
-        words, side = self.words(5 + self.clean.shape[1]), self.sides[self.step]
-        corner = self.corner(words, side)
-        here, there = self.patch(*corner, side), self.patch(*self.corner(words[:, 2:], side), side)
-        delta = self.top - self.clean
-        inside, energy = delta * here, delta.square()
-        unused = (self.plan.eps**2 - energy.sum((1, 2, 3))).clamp_min(0)[:, None] / delta.shape[1]
-        available = ((energy * (here | there)).sum((2, 3)) + unused).sqrt()
-        bump = self.bumps(corner, side, words[:, 4] >> 31, here)
-        pushed = per_row(_sign(words[:, 5:])) * bump + _unit(inside)
-        moved = torch.where(here, _unit(pushed) * per_row(available), delta * ~there)
-        return self.clean + self.scaled(moved)
+        """The best image with one patch emptied and another one pushed further; only their windows are computed."""
+        # An idle slot is at any step: its patch must not widen the windows of all.
+        words, side = (
+            self.words(5 + self.clean.shape[1]),
+            torch.where(self.active, self.sides[self.step], self.sides[-1]),
+        )
+        here, there = (Window.around(self.corner(w, side), side, self.clean) for w in (words, words[:, 2:]))
+        moved = self.top - self.clean
+        unused = (self.plan.eps**2 - moved.square().sum((1, 2, 3))).clamp_min(0)[:, None] / moved.shape[1]
+        inside, emptied = here.of(moved) * here.patch, there.of(moved)
+        taken = emptied * (there.patch & ~here.holds(there.rows, there.columns))
+        available = (inside.square().sum((2, 3)) + taken.square().sum((2, 3)) + unused).sqrt()
+        bump = self.bumps(here, side, words[:, 4] >> 31)
+        pushed = _unit(per_row(_sign(words[:, 5:])) * bump + _unit(inside)) * per_row(available)
+        there.put(moved, emptied * ~there.patch)
+        here.put(moved, torch.where(here.patch, pushed, here.of(moved)))
+        return self.scaled(moved).add_(self.clean)
 
-    def bumps(self, corner: tuple[Tensor, Tensor], side: Tensor, turned: Tensor, here: Tensor) -> Tensor:
-        """The patch of each slot at its place, (B, 1, H, W); transposed where `turned`."""
-        height, width = self.clean.shape[2:]
+    def bumps(self, window: Window, side: Tensor, turned: Tensor) -> Tensor:
+        """The patch of each slot in its window, (B, 1, L, L); transposed where `turned`."""
         limit = self.pyramids.shape[1] - 1
-        down = (torch.arange(height, device=side.device)[None] - corner[0][:, None]).clamp(0, limit)[:, :, None]
-        right = (torch.arange(width, device=side.device)[None] - corner[1][:, None]).clamp(0, limit)[:, None, :]
+        down = (window.rows - window.corner[0][:, None]).clamp(0, limit)[:, :, None]
+        right = (window.columns - window.corner[1][:, None]).clamp(0, limit)[:, None, :]
         flip = turned.bool()[:, None, None]
         values = self.pyramids[side[:, None, None], torch.where(flip, right, down), torch.where(flip, down, right)]
-        return values[:, None] * here
+        return values[:, None] * window.patch
 
     def scaled(self, delta: Tensor) -> Tensor:
-        """Perturbations of the norm of the radius; the projection takes off what rounding adds."""
-        return self.plan.norm.project(self.plan.norm.step(delta) * self.plan.eps, self.plan.eps)
+        """Perturbations of the norm of the radius, less what rounding may add; a zero one stays."""
+        return delta * per_row(self.plan.eps * (1 - 3e-7) / l2_size(delta).clamp_min(1e-30))
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of each image, (L, L) for the widest patch of all, that holds the patch of the image.
+
+    rows, columns: of its pixels in the image, (B, L) each; corner: first row and column of the patch, (B,) each; side: of the
+    patch, (B,); width: of the image.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    corner: tuple[Tensor, Tensor]
+    side: Tensor
+    width: int
+
+    @classmethod
+    def around(cls, corner: tuple[Tensor, Tensor], side: Tensor, images: Tensor) -> Window:
+        """The windows of patches in images (B, C, H, W): they begin at the patch, or earlier where the image would end."""
+        wide = int(side.max())
+        along = torch.arange(wide, device=side.device)
+        rows, columns = (
+            first.clamp_max(size - wide)[:, None] + along for first, size in zip(corner, images.shape[2:], strict=True)
+        )
+        return cls(rows, columns, corner, side, images.shape[3])
+
+    def holds(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Which pixels of rows and columns (B, L) are in the patch, bool (B, 1, L, L)."""
+        down, right = (x - first[:, None] for x, first in zip((rows, columns), self.corner, strict=True))
+        inside = [(x >= 0) & (x < self.side[:, None]) for x in (down, right)]
+        return (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
+
+    @property
+    def patch(self) -> Tensor:
+        """Where in it the patch is, bool (B, 1, L, L)."""
+        return self.holds(self.rows, self.columns)
+
+    def of(self, images: Tensor) -> Tensor:
+        """What images (B, C, H, W) hold in it, (B, C, L, L)."""
+        wide = self.rows.shape[1]
+        return images.flatten(2).gather(2, self._places(images)).unflatten(2, (wide, wide))
+
+    def put(self, images: Tensor, values: Tensor) -> None:
+        """Write values (B, C, L, L) into contiguous images (B, C, H, W)."""
+        images.view(*images.shape[:2], -1).scatter_(2, self._places(images), values.flatten(2))
+
+    def _places(self, images: Tensor) -> Tensor:
+        places = (self.rows * self.width)[:, :, None] + self.columns[:, None, :]
+        return places.flatten(1)[:, None].expand(-1, images.shape[1], -1)
 
 
 def _unit(values: Tensor) -> Tensor:

@@ -114,10 +114,12 @@ class SquareSlots(Slots):
             self.begin_again(ended & ~done)
         return left
 
-    def words(self, count: int) -> Tensor:
-        """Words of 32 random bits for the next query of each slot, int64 (B, count)."""
+    def query(self, count: int) -> tuple[Tensor, Tensor]:
+        """For the next query of each slot: words of 32 random bits, int64 (B, count), and the side of its patches (B,)."""
         draw = self.restart * self.plan.queries + self.step
-        return random.words(self.ids, count, seed=self.plan.seed, purpose="square", draw=draw)
+        words = random.words(self.ids, count, seed=self.plan.seed, purpose="square", draw=draw)
+        # An idle slot is at any step: its patch must not widen the windows of all.
+        return words, torch.where(self.active, self.sides[self.step], self.sides[-1])
 
     def signs(self, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Signs of the first perturbation, -1 or 1, (len(slots), *shape)."""
@@ -130,14 +132,6 @@ class SquareSlots(Slots):
         """Row and column of the first pixel of a patch, uniform where it fits; two words each (B, 2)."""
         height, width = self.clean.shape[2:]
         return (words[:, 0] * (height - side + 1)) >> 32, (words[:, 1] * (width - side + 1)) >> 32
-
-    def patch(self, row: Tensor, column: Tensor, side: Tensor) -> Tensor:
-        """Where the patches are, bool (B, 1, H, W)."""
-        height, width = self.clean.shape[2:]
-        down = torch.arange(height, device=row.device)[None] - row[:, None]
-        right = torch.arange(width, device=row.device)[None] - column[:, None]
-        rows, columns = (down >= 0) & (down < side[:, None]), (right >= 0) & (right < side[:, None])
-        return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 def _sign(words: Tensor) -> Tensor:
@@ -160,9 +154,11 @@ class LinfSlots(SquareSlots):
 
     def proposal(self) -> Tensor:
         """The best image with a patch at the edge of the ball."""
-        words, side = self.words(2 + self.clean.shape[1]), self.sides[self.step]
-        patch = self.patch(*self.corner(words, side), side)
-        return torch.where(patch, self.clean + self.plan.eps * per_row(_sign(words[:, 2:])), self.top)
+        words, side = self.query(2 + self.clean.shape[1])
+        window, moved = Window.around(self.corner(words, side), side, self.clean), self.top.clone()
+        edge = window.of(self.clean) + self.plan.eps * per_row(_sign(words[:, 2:]))
+        window.put(moved, torch.where(window.patch, edge, window.of(moved)))
+        return moved
 
 
 class L2Slots(SquareSlots):
@@ -193,11 +189,7 @@ class L2Slots(SquareSlots):
 
     def proposal(self) -> Tensor:
         """The best image with one patch emptied and another one pushed further; only their windows are computed."""
-        # An idle slot is at any step: its patch must not widen the windows of all.
-        words, side = (
-            self.words(5 + self.clean.shape[1]),
-            torch.where(self.active, self.sides[self.step], self.sides[-1]),
-        )
+        words, side = self.query(5 + self.clean.shape[1])
         here, there = (Window.around(self.corner(w, side), side, self.clean) for w in (words, words[:, 2:]))
         moved = self.top - self.clean
         unused = (self.plan.eps**2 - moved.square().sum((1, 2, 3))).clamp_min(0)[:, None] / moved.shape[1]

@@ -57,7 +57,6 @@ TAKES = {  # options that not every attack has, and those that have them
     "targeted": ("fgsm", "pgd"),
     "keep": ("pgd",),
     "last_iterate": ("pgd",),
-    "tf32": ("fgsm", "pgd", *APGD, "square", "auto"),
 }
 
 
@@ -242,6 +241,8 @@ def _check_options(options: dict[str, Any]) -> None:
         )
     if options["keep"] in ("batch", "last") and options["until"] == "broken":
         raise Usage(f"--keep {options['keep']} takes all steps; leave out --until broken")
+    if options["tf32"] and options["attack"] == "fab-t":
+        raise Usage("--tf32 goes with attacks in a ball; the distances of fab-t are those of float32")
     _values.block(options["block"])
     if options["target"] is not None and not options["targeted"]:
         raise Usage("--target goes with --targeted")
@@ -422,7 +423,7 @@ def _columns(chunk: Chunk, result: Attacked) -> dict[str, Any]:
 def _recorded(options: dict[str, Any], spec: Attack) -> dict[str, Any]:
     """The options with their defaults filled in, as the history keeps them: those that this attack takes."""
     filled = {"eps": spec.eps, "until": spec.until, "surrogate": None}
-    taken = [name for name, takers in TAKES.items() if spec.name in takers and hasattr(spec, name)]
+    taken = [name for name, takers in TAKES.items() if spec.name in takers]
     return {**options, **{name: getattr(spec, name) for name in taken}, **filled}
 
 

@@ -83,6 +83,11 @@ class Model:
         """Number of classes."""
         return int(self.meta["num_classes"])
 
+    def check_class(self, number: int | None, *, option: str) -> None:
+        """Refuse a class that the model does not have; None names none. Raises: Usage."""
+        if number is not None and number >= self.classes:
+            raise Usage(f"{option} {number}: the model has classes 0 to {self.classes - 1}")
+
     def evaluation(self, block: int) -> Evaluation:
         """The form in which it is run."""
         from rbkit.tools.models import Evaluation

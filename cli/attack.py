@@ -205,6 +205,7 @@ def attack(
     place = set_up(device, threads)
     options["block"] = block_on(place, block)
     victim = load_model(model, archs=arch, device=place)
+    victim.check_class(target, option="--target")
     maker = None if surrogate is None else _surrogate(surrogate, victim, archs=arch, device=place)
     with _output.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         if len(radii) > 1 and not sink.many:

@@ -162,6 +162,7 @@ def invert(
     place = set_up(device, threads)
     options["block"] = block_on(place, block)
     subject = load_model(model, archs=arch, device=place)
+    subject.check_class(class_, option="--class")
     side = _Side(options, subject, place)
     hidden = ("start_from", "seeds_from")
     entry = _history.entry(

@@ -123,3 +123,19 @@ def test_tf32_is_recorded_and_changes_nothing_on_a_cpu(stream_file: Path, model_
         "rb-attack", stream_file, "-m", model_file, "--attack", "fab-t", "--tf32", "-o", tmp_path / "no.safetensors"
     )
     assert refused.status == 2 and "--tf32 goes with" in refused.err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("rb-attack", "--targeted", "--target", 8),
+        ("rb-invert", "--mode", "class", "--class", 8),
+        ("rb-saliency", "--target", 8),
+    ],
+)
+def test_a_class_that_the_model_does_not_have_is_refused(
+    line: tuple[object, ...], stream_file: Path, model_file: Path, tmp_path: Path
+) -> None:
+    done = execute(line[0], stream_file, "-m", model_file, *line[1:], "-q", "-o", tmp_path / "none.safetensors")
+    assert done.status == 2 and f"{line[-2]} 8: the model has classes 0 to 7" in done.err
+    assert done.err.count("\n") == 1 and not (tmp_path / "none.safetensors").exists()

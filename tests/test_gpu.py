@@ -19,7 +19,7 @@ from rbkit.tools.attribution import Saliency
 from rbkit.tools.batch import Batch as Rows
 from rbkit.tools.examples import Data, as_float
 from rbkit.tools.flow import polling
-from rbkit.tools.gpu import products
+from rbkit.tools.gpu import Recorded, products
 from rbkit.tools.metrics import applicable, evaluate
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.norms import NORMS
@@ -231,3 +231,18 @@ def _inverted(mode: str, evaluation: Evaluation, images: Tensor, rows: Data) -> 
     if mode == "class":
         return invert.class_images(evaluation, rows.label[:8], starts, spec, ids=ids)[1]
     return invert.unit_images(evaluation, ids, starts, spec)[1]
+
+
+def test_what_cannot_be_recorded_is_computed() -> None:
+    if OTHER == "cpu":
+        pytest.skip("a CPU records nothing")
+
+    def asks(x: Tensor) -> Tensor:
+        touched.add_(1)
+        return x * 2 if float(x.sum()) > 0 else x
+
+    touched = torch.zeros((), device=OTHER)
+    work = Recorded(asks, touched=[touched])
+    for count in (1, 2):
+        assert torch.equal(work(torch.ones(3, device=OTHER)), torch.full((3,), 2.0, device=OTHER))
+        assert float(touched) == count

@@ -36,20 +36,22 @@ class Recorded:
 
     A step of a small network is hundreds of short kernels, which Python starts more slowly than the GPU computes them. The
     function may read tensors that change in place between calls (weights), but none of its other shapes or numbers may
-    change. `touched`: the tensors that it writes to as well, which recording leaves as they were.
+    change. `touched`: the tensors that it writes to as well, which recording leaves as they were. What cannot be recorded, as
+    the code of a network that asks the GPU for numbers, is computed at each call.
     """
 
     def __init__(self, function: Callable[..., Tensor], *, touched: Sequence[Tensor] = ()) -> None:
         self.function, self.touched = function, touched
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.plain = False
         self.inputs: list[Tensor] = []
         self.output: Tensor | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What the function gives; inputs of other shapes than the first are computed without the record."""
-        if self.graph is None:
-            self._record(inputs)
-        if [x.shape for x in inputs] != [x.shape for x in self.inputs]:
+        if self.graph is None and not self.plain:
+            self._try(inputs)
+        if self.plain or [x.shape for x in inputs] != [x.shape for x in self.inputs]:
             return self.function(*inputs)
         assert self.graph is not None and self.output is not None
         for held, given in zip(self.inputs, inputs, strict=True):
@@ -57,19 +59,28 @@ class Recorded:
         self.graph.replay()
         return self.output.clone()
 
+    def _try(self, inputs: Sequence[Tensor]) -> None:
+        before = [t.clone() for t in self.touched]
+        try:
+            self._record(inputs)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:  # if the function itself is at fault, the next call tells
+            self.plain = True
+        for tensor, value in zip(self.touched, before, strict=True):
+            tensor.copy_(value)
+
     def _record(self, inputs: Sequence[Tensor]) -> None:
         self.inputs = [x.detach().clone() for x in inputs]
-        before = [t.clone() for t in self.touched]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # libraries set themselves up in a first call, which must not be recorded
             self.function(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.output = self.function(*self.inputs)
-        for tensor, value in zip(self.touched, before, strict=True):
-            tensor.copy_(value)
+        self.graph = graph
 
 
 class Reading:

@@ -389,17 +389,17 @@ $(BENCH)/.installed: benchmarks/peers.txt | setup
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -r benchmarks/peers.txt
 	touch $@
 # Options of bench.py; folders of code that no registry has: the reference AutoAttack (without one, pyautoattack of the
-# registry) and the paper's.
+# registry) and the paper's; a folder of train|test/CLASS/PICTURE, for what is measured on pictures.
 BENCH_ARGS ?=
+PICTURES ?=
 AUTOATTACK ?=
 PAPER_CODE ?=
 bench: $(BENCH)/.installed  ## our tools, the commands and other libraries side by side
-	$(BENCH)/bin/python benchmarks/bench.py $(if $(AUTOATTACK),--auto-attack $(AUTOATTACK)) $(if $(PAPER_CODE),--paper $(PAPER_CODE)) $(BENCH_ARGS)
+	$(BENCH)/bin/python benchmarks/bench.py $(if $(AUTOATTACK),--auto-attack $(AUTOATTACK)) $(if $(PAPER_CODE),--paper $(PAPER_CODE)) \
+	    $(if $(PICTURES),--pictures $(PICTURES)) $(BENCH_ARGS)
 
-# On the study's models of each data set at hand, in two balls that leave about as much. PICTURES: a folder of
-# train|test/CLASS/PICTURE.
+# On the study's models of each data set at hand, in two balls that leave about as much.
 AUTOATTACK_IMAGES ?= 200
-PICTURES ?=
 FASHION := $(wildcard /usr/share/datasets/fashion-mnist)
 in_balls = $(foreach b,$(3),$(1)-$(2)=$(OUT)/$(1)/$(2).safetensors,$(OUT)/$(1)/test.safetensors,$(b))
 AUTOATTACK_CASES = $(foreach m,standard robust,$(call in_balls,shapes,$(m),l2:0.5 linf:2/255)) \

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rbkit.cli._compute import load_model
@@ -24,6 +24,11 @@ MODELS = {
     "robust": (4000, 8, f"--batch 64 --augment crop {BALL}"),
     "resnet18": (1000, 2, "--arch resnet18 --batch 32 --lr 0.05 --augment none"),
     "resnet18-robust": (1000, 4, f"--arch resnet18 --batch 32 --lr 0.05 --augment none {BALL}"),
+}
+# The same on pictures, of which a small network knows fewer, and which break sooner than shapes.
+ON_PICTURES = {
+    "standard": (10000, 6, "--batch 64 --augment flip"),
+    "robust": (10000, 6, "--batch 64 --augment flip --eps 0.25 --steps 3"),
 }
 
 
@@ -61,6 +66,7 @@ class Setting:
     full: bool = False
     paper: Path | None = None
     auto_attack: Path | None = None
+    pictures: Path | None = None
 
     @property
     def figure(self) -> Path:
@@ -107,6 +113,27 @@ class Setting:
             torch.arange(count), as_float(drawn["image"][:100]), Data(drawn["image"], drawn["label"], ids),
         )  # fmt: skip
         # A model that has learned nothing is right about nothing, and nothing would be attacked.
+        return place.agreed() if self.quick else place
+
+    def picture_bed(self, model: str, count: int) -> Bed:
+        """The same on a folder of pictures, train|test/CLASS/PICTURE."""
+        rows, epochs, options = ON_PICTURES[model]
+        rows, epochs = (128, 1) if self.quick else (rows, epochs)
+        paths = {}
+        for split, number in (("train", rows), ("test", count)):
+            paths[split] = self.folder / f"pictures-{split}-{number}.safetensors"
+            if not paths[split].exists():
+                draw = f"rb-data folder {self.pictures} --size 32 --split {split} --n {number}"
+                command(f"{draw} -q -o {paths[split]}", self.folder)
+        path = self.folder / f"pictures-{model}.safetensors"
+        if not path.exists():
+            command(f"rb-train {paths['train']} {options} --epochs {epochs} -q -o {path}", self.folder)
+        drawn, test = (load_file(paths[split]) for split in ("train", "test"))
+        plain = load_model(str(path), archs=None, device=torch.device("cpu")).classifier
+        place = Bed(
+            plain.requires_grad_(False), Evaluation(plain, block=BLOCK), as_float(test["image"]), test["label"], test["id"],
+            as_float(drawn["image"][:100]), Data(drawn["image"], drawn["label"], drawn["id"]),
+        )  # fmt: skip
         return place.agreed() if self.quick else place
 
 

@@ -73,6 +73,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a handful of images, once: to see that everything runs")
     parser.add_argument("--paper", type=Path, help="folder of the paper's code")
     parser.add_argument("--auto-attack", type=Path, help="folder of the reference AutoAttack; default: pyautoattack")
+    parser.add_argument("--pictures", type=Path, help="folder train|test/CLASS/PICTURE for accuracy on pictures too")
     parser.add_argument("--work", type=Path, help="models and images; default out/bench")
     parser.add_argument(
         "-o", "--output", type=Path, help="default benchmarks/RESULTS.md, with --quick in the work folder"
@@ -87,7 +88,7 @@ def setting_of(given: argparse.Namespace) -> Setting:
     return Setting(
         folder=work.absolute(), output=output, images=8 if given.quick else given.images,
         rounds=1 if given.quick else given.rounds, quick=given.quick, large=given.large, full=given.full,
-        paper=given.paper, auto_attack=given.auto_attack,
+        paper=given.paper, auto_attack=given.auto_attack, pictures=given.pictures and given.pictures.absolute(),
     )  # fmt: skip
 
 

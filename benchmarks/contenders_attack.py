@@ -118,6 +118,9 @@ def accuracy(setting: Setting) -> Iterator[Group]:
     """On enough images for refilling to matter: eight blocks."""
     for model, asked in (("standard", 6), ("robust", 3)):
         yield accuracy_group(setting.bed(model, setting.size(512)), f"{model} resnet8", asked=asked, rounds=3)
+        if setting.pictures is not None:
+            place = setting.picture_bed(model, setting.size(512))
+            yield accuracy_group(place, f"{model} resnet8 on pictures", asked=asked, rounds=3)
 
 
 def resnet18(setting: Setting) -> Iterator[Group]:

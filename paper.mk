@@ -1,6 +1,6 @@
 # The study of the paper (D. Boychev 2023, arXiv 2307.02500) as a graph of files, once per profile. The Makefile calls it:
 #
-#   make paper DATA=cifar10 ROOT=DIR SCALE=cpu             scaled down, 19 minutes of one CPU core
+#   make paper DATA=cifar10 ROOT=DIR SCALE=cpu             scaled down, 9 minutes of two CPU cores
 #   make paper DATA=cifar10 ROOT=DIR SCALE=gpu             full network and images, short training: minutes of a large GPU
 #   make paper DATA=small-imagenet-150 ROOT=DIR PROFILE=paper
 #   make paper-figure-ig, make paper-table-accuracy, ...   one figure or table, with what it needs

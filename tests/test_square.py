@@ -141,3 +141,29 @@ def test_another_seed_asks_other_questions():
     specs = [attack.square(norm="l2", eps=0.1, queries=3, seed=s, until="end") for s in (0, 1)]
     first, second = (attacked(model, s, x, evaluation(model).logits(x).argmax(1)).outcome.images for s in specs)
     assert first.shape == (N, C, H, W) and len(label) == N and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_a_row_does_not_depend_on_the_steps_of_its_neighbours(norm):
+    """To the last bit: rows that come one after the other are at patches of other sizes than those that start together."""
+    draw = torch.Generator().manual_seed(5)
+    x, weight = (torch.rand(8, 3, 17, 14, generator=draw) for _ in range(2))
+
+    def goal(images, context):
+        return (images * (context["w"] - 0.5)).sum((1, 2, 3)), torch.zeros(len(images), dtype=torch.bool)
+
+    def searched(gap: int) -> torch.Tensor:
+        """Each row after 100 queries, where a row starts every `gap` turns; 0: all at once."""
+        rows, found = Batch(torch.arange(8), x, {"w": weight}), torch.zeros_like(x)
+        slots = Square(NORMS[norm], 0.8 if norm == "l2" else 0.1, 120).slots(goal, rows, block=8)
+        begin = torch.arange(8) * gap
+        for turn in range(7 * gap + 100):
+            new = (begin == turn).nonzero()[:, 0]
+            if len(new):
+                slots.load(new, rows, new)
+            slots.advance()
+            at = slots.step == 100
+            found[at] = slots.top[at]
+        return found
+
+    assert torch.equal(searched(0), searched(9))

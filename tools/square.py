@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -114,12 +115,19 @@ class SquareSlots(Slots):
             self.begin_again(ended & ~done)
         return left
 
-    def query(self, count: int) -> tuple[Tensor, Tensor]:
-        """For the next query of each slot: words of 32 random bits, int64 (B, count), and the side of its patches (B,)."""
+    def groups(self, count: int) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """For the next query: slots at work whose patches have one side, int64 (G,); the side; `count` words of 32 random
+        bits for each, int64 (G, count).
+
+        One side at a time, so that how the sums of a row are ordered does not depend on where its neighbours are.
+        """
         draw = self.restart * self.plan.queries + self.step
         words = random.words(self.ids, count, seed=self.plan.seed, purpose="square", draw=draw)
-        # An idle slot is at any step: its patch must not widen the windows of all.
-        return words, torch.where(self.active, self.sides[self.step], self.sides[-1])
+        sides = torch.where(self.active, self.sides[self.step], 0)
+        for side in sides.unique().tolist():
+            if side:
+                slots = (sides == side).nonzero()[:, 0]
+                yield slots, side, words[slots]
 
     def signs(self, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Signs of the first perturbation, -1 or 1, (len(slots), *shape)."""
@@ -128,10 +136,42 @@ class SquareSlots(Slots):
         )
         return _sign(words).reshape(len(slots), *shape)
 
-    def corner(self, words: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-        """Row and column of the first pixel of a patch, uniform where it fits; two words each (B, 2)."""
+    def patch(self, slots: Tensor, side: int, words: Tensor) -> Patch:
+        """Patches anywhere in the images of `slots`, uniform where they fit; two words each (G, 2)."""
         height, width = self.clean.shape[2:]
-        return (words[:, 0] * (height - side + 1)) >> 32, (words[:, 1] * (width - side + 1)) >> 32
+        along = torch.arange(side, device=words.device)
+        rows = ((words[:, 0] * (height - side + 1)) >> 32)[:, None] + along
+        columns = ((words[:, 1] * (width - side + 1)) >> 32)[:, None] + along
+        return Patch(slots, rows, columns)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A square of pixels in each of some images: which images (G,), their rows and columns (G, side) each; all int64."""
+
+    images: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    def of(self, images: Tensor) -> Tensor:
+        """What images (B, C, H, W) hold in it, (G, C, side, side)."""
+        return images[self._places(images)]
+
+    def put(self, images: Tensor, values: Tensor) -> None:
+        """Write values, which broadcast to (G, C, side, side), into images (B, C, H, W)."""
+        images[self._places(images)] = values
+
+    def meets(self, other: Patch) -> Tensor:
+        """Which of its pixels are in the other one of the same image, bool (G, 1, side, side)."""
+        rows, columns = (
+            (mine >= theirs[:, :1]) & (mine <= theirs[:, -1:])
+            for mine, theirs in ((self.rows, other.rows), (self.columns, other.columns))
+        )
+        return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+    def _places(self, images: Tensor) -> tuple[Tensor, ...]:
+        channels = torch.arange(images.shape[1], device=images.device)[:, None, None]
+        return self.images[:, None, None, None], channels, self.rows[:, None, :, None], self.columns[:, None, None, :]
 
 
 def _sign(words: Tensor) -> Tensor:
@@ -154,10 +194,10 @@ class LinfSlots(SquareSlots):
 
     def proposal(self) -> Tensor:
         """The best image with a patch at the edge of the ball."""
-        words, side = self.query(2 + self.clean.shape[1])
-        window, moved = Window.around(self.corner(words, side), side, self.clean), self.top.clone()
-        edge = window.of(self.clean) + self.plan.eps * per_row(_sign(words[:, 2:]))
-        window.put(moved, torch.where(window.patch, edge, window.of(moved)))
+        moved = self.top.clone()
+        for slots, side, words in self.groups(2 + self.clean.shape[1]):
+            patch = self.patch(slots, side, words)
+            patch.put(moved, patch.of(self.clean) + self.plan.eps * per_row(_sign(words[:, 2:])))
         return moved
 
 
@@ -166,11 +206,7 @@ class L2Slots(SquareSlots):
 
     def __init__(self, objective: Objective, plan: Square, like: Batch, *, block: int) -> None:
         super().__init__(objective, plan, like, block=block)
-        largest = int(self.sides.max())
-        table = torch.zeros(largest + 1, largest, largest)
-        for side in self.sides.unique().tolist():
-            table[side, :side, :side] = pyramid(side)
-        self.pyramids = table.to(self.clean.device)
+        self.pyramids = {side: pyramid(side).to(self.clean.device) for side in self.sides.unique().tolist()}
 
     def side(self, share: float) -> int:
         """The odd side of a square of this share of the pixels, at least 3 where the image has as many."""
@@ -188,81 +224,22 @@ class L2Slots(SquareSlots):
         return self.scaled((signs * tile)[:, :, :height, :width])
 
     def proposal(self) -> Tensor:
-        """The best image with one patch emptied and another one pushed further; only their windows are computed."""
-        words, side = self.query(5 + self.clean.shape[1])
-        here, there = (Window.around(self.corner(w, side), side, self.clean) for w in (words, words[:, 2:]))
+        """The best image with one patch emptied and another one pushed further."""
         moved = self.top - self.clean
         unused = (self.plan.eps**2 - moved.square().sum((1, 2, 3))).clamp_min(0)[:, None] / moved.shape[1]
-        inside, emptied = here.of(moved) * here.patch, there.of(moved)
-        taken = emptied * (there.patch & ~here.holds(there.rows, there.columns))
-        available = (inside.square().sum((2, 3)) + taken.square().sum((2, 3)) + unused).sqrt()
-        bump = self.bumps(here, side, words[:, 4] >> 31)
-        pushed = _unit(per_row(_sign(words[:, 5:])) * bump + _unit(inside)) * per_row(available)
-        there.put(moved, emptied * ~there.patch)
-        here.put(moved, torch.where(here.patch, pushed, here.of(moved)))
+        for slots, side, words in self.groups(5 + moved.shape[1]):
+            here, there = self.patch(slots, side, words), self.patch(slots, side, words[:, 2:])
+            inside, taken = here.of(moved), there.of(moved) * ~there.meets(here)
+            available = (inside.square().sum((2, 3)) + taken.square().sum((2, 3)) + unused[slots]).sqrt()
+            bump, turned = self.pyramids[side], (words[:, 4] >> 31).bool()[:, None, None, None]
+            pushed = per_row(_sign(words[:, 5:])) * torch.where(turned, bump.T, bump) + _unit(inside)
+            there.put(moved, torch.zeros((), device=moved.device))
+            here.put(moved, _unit(pushed) * per_row(available))
         return self.scaled(moved).add_(self.clean)
-
-    def bumps(self, window: Window, side: Tensor, turned: Tensor) -> Tensor:
-        """The patch of each slot in its window, (B, 1, L, L); transposed where `turned`."""
-        limit = self.pyramids.shape[1] - 1
-        down = (window.rows - window.corner[0][:, None]).clamp(0, limit)[:, :, None]
-        right = (window.columns - window.corner[1][:, None]).clamp(0, limit)[:, None, :]
-        flip = turned.bool()[:, None, None]
-        values = self.pyramids[side[:, None, None], torch.where(flip, right, down), torch.where(flip, down, right)]
-        return values[:, None] * window.patch
 
     def scaled(self, delta: Tensor) -> Tensor:
         """Perturbations of the norm of the radius, less what rounding may add; a zero one stays."""
         return delta * per_row(self.plan.eps * (1 - 3e-7) / l2_size(delta).clamp_min(1e-30))
-
-
-@dataclass(frozen=True)
-class Window:
-    """A part of each image, (L, L) for the widest patch of all, that holds the patch of the image.
-
-    rows, columns: of its pixels in the image, (B, L) each; corner: first row and column of the patch, (B,) each; side: of the
-    patch, (B,); width: of the image.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    corner: tuple[Tensor, Tensor]
-    side: Tensor
-    width: int
-
-    @classmethod
-    def around(cls, corner: tuple[Tensor, Tensor], side: Tensor, images: Tensor) -> Window:
-        """The windows of patches in images (B, C, H, W): they begin at the patch, or earlier where the image would end."""
-        wide = int(side.max())
-        along = torch.arange(wide, device=side.device)
-        rows, columns = (
-            first.clamp_max(size - wide)[:, None] + along for first, size in zip(corner, images.shape[2:], strict=True)
-        )
-        return cls(rows, columns, corner, side, images.shape[3])
-
-    def holds(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Which pixels of rows and columns (B, L) are in the patch, bool (B, 1, L, L)."""
-        down, right = (x - first[:, None] for x, first in zip((rows, columns), self.corner, strict=True))
-        inside = [(x >= 0) & (x < self.side[:, None]) for x in (down, right)]
-        return (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
-
-    @property
-    def patch(self) -> Tensor:
-        """Where in it the patch is, bool (B, 1, L, L)."""
-        return self.holds(self.rows, self.columns)
-
-    def of(self, images: Tensor) -> Tensor:
-        """What images (B, C, H, W) hold in it, (B, C, L, L)."""
-        wide = self.rows.shape[1]
-        return images.flatten(2).gather(2, self._places(images)).unflatten(2, (wide, wide))
-
-    def put(self, images: Tensor, values: Tensor) -> None:
-        """Write values (B, C, L, L) into contiguous images (B, C, H, W)."""
-        images.view(*images.shape[:2], -1).scatter_(2, self._places(images), values.flatten(2))
-
-    def _places(self, images: Tensor) -> Tensor:
-        places = (self.rows * self.width)[:, :, None] + self.columns[:, None, :]
-        return places.flatten(1)[:, None].expand(-1, images.shape[1], -1)
 
 
 def _unit(values: Tensor) -> Tensor:

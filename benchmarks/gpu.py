@@ -25,6 +25,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -228,10 +229,9 @@ def evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from rbkit.cli._input import chunks
 
     model = load_model(options.model, archs=None, device=GPU)
-    chunk = next(iter(chunks(options.images)))
+    parts = [chunk.arrays for chunk in chunks(options.images)]
     image, label = (
-        torch.from_numpy(chunk.arrays["image"].copy()).to(GPU),
-        torch.from_numpy(chunk.arrays["label"].copy()),
+        torch.from_numpy(np.concatenate([part[name] for part in parts])).to(GPU) for name in ("image", "label")
     )
     clean, ids = as_float(image), torch.arange(len(image), device=GPU)
     spec = pgd(norm="l2", eps=0.5, steps=20, step_size=0.1)
@@ -239,7 +239,7 @@ def evaluation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         subject, found = Evaluation(model.classifier, block=block), []
 
         def attack(subject: Evaluation, found: list[float]) -> None:
-            ((_, result),) = stages.run(subject, spec, polling([Batch(ids, clean, {"label": label.to(GPU)})]))
+            ((_, result),) = stages.run(subject, spec, polling([Batch(ids, clean, {"label": label})]))
             found.append(1 - float(result.success.double().mean()))
 
         with products(tf32=tf32):

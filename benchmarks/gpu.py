@@ -207,7 +207,8 @@ def training(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, make in made.items():
         try:
             contenders[name] = make()
-            seconds[name] = [timed(contenders[name])][:0]
+            timed(contenders[name])
+            seconds[name] = []
         except Exception as error:  # a peer that does not run here is reported as such
             contenders.pop(name, None)
             yield {"contender": name, "not measured": repr(error)}

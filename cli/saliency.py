@@ -169,6 +169,7 @@ def saliency(
     place = set_up(device, threads)
     options["block"] = block_on(place, block)
     subject = load_model(model, archs=arch, device=place)
+    subject.check_class(int(target) if target.isdecimal() else None, option="--target")
     reference = None if background is None else load_images(background, subject, place, max_document=max_document)[0]
     inputs = {} if background is None else {"background": side_digest(background)}
     entry = _history.entry(
@@ -253,8 +254,6 @@ def _target(options: dict[str, Any], evaluation: Evaluation, images: torch.Tenso
                 note("rb-saliency", f"{chunk.place}: no labels; the model's own predictions stand in")
             return logits.argmax(1)
         return to_tensor(chunk.arrays["label"], images.device)
-    if int(rule) >= logits.shape[1]:
-        raise Usage(f"--target {rule}: the model has classes 0 to {logits.shape[1] - 1}")
     return torch.full((len(images),), int(rule), device=images.device)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rbkit.tools import invert, random, stages, train
 from rbkit.tools.architectures import build
+from rbkit.tools.ascend import first
 from rbkit.tools.attack import ATTACKS
 from rbkit.tools.attribution import Saliency
 from rbkit.tools.batch import Batch as Rows
@@ -195,8 +196,6 @@ def test_the_recorded_attack_is_the_attack(attack_bn: str, amp: bool, model: Cla
 
 
 def _begin(inner: Inner, images: Tensor, rows: Data) -> Tensor:
-    from rbkit.tools.ascend import first
-
     return first(inner._plan(0, 0.5), Batch(rows.ids, images, {}))
 
 

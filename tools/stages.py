@@ -123,7 +123,8 @@ class _Stage:
         if known.earlier is not None or self.spec.keep == "batch":
             outcome.images[known.broken] = before[known.broken]
         if self.judge is not None or self.tf32:
-            reached = self.spec.goal((self.judge or self.evaluation).logits)(outcome.images, batch.context)[1]
+            with products(tf32=False):  # also where a later attack, which asks for this batch, searches in TF32
+                reached = self.spec.goal((self.judge or self.evaluation).logits)(outcome.images, batch.context)[1]
         target = batch.context["target"] if self.spec.targeted else None
         return Attacked(outcome, reached | known.broken, target, distance)
 

@@ -100,8 +100,8 @@ def _sound_kernels(classifier: Classifier) -> Iterator[None]:
 def _average(average: Classifier, classifier: Classifier, decay: float, step: int) -> None:
     """Exponential moving average of weights and BatchNorm statistics, with a shorter memory at the start.
 
-    Statistics of the live weights alone would not be those of the averaged ones: at a high learning rate the averaged
-    network is then far worse than either. Counters are copied.
+    Statistics of the live weights alone are not those of the averaged ones, the less so the higher the learning rate and the
+    deeper the network. Counters are copied.
     """
     decay = min(decay, (1 + step) / (10 + step))
     pairs = zip(

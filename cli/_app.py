@@ -22,6 +22,7 @@ from rbkit.cli._pulse import ASKING, Pulse
 __all__ = ["command_of", "note", "program"]
 
 UNALLOCATED = ("CUDA out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")  # torch's
+SPINS = 1000  # some tens of microseconds
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF, errno.EIO)
 TRAPPED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # not KeyboardInterrupt: typer would end it with status 0
 
@@ -97,16 +98,18 @@ def program(
 
 
 def _share_cpus(*, alone: bool) -> None:
-    """In a pipe, and under make -j, let threads that wait sleep: where two programs spin on the same CPUs, both crawl.
+    """In a pipe, and under make -j, let threads that wait soon sleep: where two programs spin on the same CPUs, both crawl.
 
-    Read by libgomp when torch is loaded. Without neighbours, spinning is faster by about a quarter.
+    Read by OpenMP when torch is loaded. Where the neighbours are idle, threads that sleep at once cost a quarter; most
+    waits end within the short spin that libgomp is told here.
     """
     shared = "jobserver" in os.environ.get("MAKEFLAGS", "")
     if not alone:
         with contextlib.suppress(OSError):
             shared = shared or any(stat.S_ISFIFO(os.fstat(fd).st_mode) for fd in (0, 1))
-    if shared:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if shared and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
 Ending = tuple[int, str | None]  # the status, and why it is not 0

@@ -8,7 +8,7 @@ from torch import Tensor
 from rbkit.tools.losses import cross_entropy
 from rbkit.tools.models import Evaluation
 
-NARROW = (4, 8)  # rows of the narrowest block that the last ones go on in; wider ones are multiples of the second
+COARSE, FINE = 4, 16  # narrower blocks are multiples of 4 rows, from 16 on of 2: others have other last bits where seen
 
 
 def slots_matter(evaluation: Evaluation, images: Tensor, labels: Tensor) -> bool:
@@ -46,8 +46,7 @@ class Widths:
 
         images (B, C, H, W): any that the model takes, of a block.
         """
-        least, step = NARROW
-        for width in (least, *range(step, self.evaluation.block, step)):
+        for width in (*range(COARSE, FINE, COARSE), *range(FINE, self.evaluation.block, 2)):
             if count <= width < self.evaluation.block and self._is_same(width, images):
                 return width
         return self.evaluation.block

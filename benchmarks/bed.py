@@ -157,3 +157,7 @@ def forward_passes(place: Bed, count: int) -> None:
     for images, _ in place.blocks():
         for _ in range(count):
             place.best(images)
+
+
+FLOORS = {"forward": forward_passes, "gradient": gradient_passes}
+FLOOR_PASSES = 8  # of each kind, to tell what one takes

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import quantus
 import torch
-from bed import Bed, Setting, forward_passes, gradient_passes
+from bed import FLOOR_PASSES, FLOORS, Bed, Setting
 from harness import Group, Work
 from torch import Tensor, nn
 
@@ -17,7 +17,6 @@ from rbkit.tools.infidelity import SQUARES, squares
 from rbkit.tools.metrics import evaluate
 from rbkit.tools.saliency import explain
 
-FLOOR_PASSES = 8
 # Parameters by which Quantus makes about as many passes as we: 24 points, the nearest that it takes, for our 20 of two curves
 # with common ends; 2 noisy copies; 2 times 16 blocks of 8 x 8 for 32 squares.
 QUANTUS = {
@@ -93,9 +92,8 @@ def scores(setting: Setting) -> Iterator[Group]:
         if name == "infidelity":
             work["captum"] = functools.partial(captum_infidelity, place, place.plain)
             work["captum, our network"] = functools.partial(captum_infidelity, place, place.best)
-        floors = {"forward": forward_passes, "gradient": gradient_passes}
         yield Group(
             f"{title}, resnet8", len(place.images), work,
-            floors={kind: functools.partial(passes, place, FLOOR_PASSES) for kind, passes in floors.items()},
+            floors={kind: functools.partial(passes, place, FLOOR_PASSES) for kind, passes in FLOORS.items()},
             floor_passes=FLOOR_PASSES * len(place.images), networks=(place.plain, place.best), asked=ASKED[name],
         )  # fmt: skip

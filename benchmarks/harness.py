@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rbkit.cli._compute import available_threads
+from rbkit.cli._compute import available_threads, keep_freed_memory
 
 PEERS = (
     "torchattacks", "foolbox", "adversarial-robustness-toolbox", "captum", "shap", "quantus", "pyautoattack",
@@ -195,7 +195,8 @@ def versions() -> str:
 
 
 def use_threads() -> None:
-    """As many threads in process as the commands take; torch by itself may count cores otherwise."""
+    """As many threads in process as the commands take, and memory kept as they keep it: peers share both."""
+    keep_freed_memory()
     torch.set_num_threads(int(os.environ.get("RB_THREADS") or available_threads()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Sequence
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
     from rbkit.formats.chunk import Chunk
     from rbkit.tools.models import Classifier, Evaluation
+
+
+MALLOC_THRESHOLDS = (-1, -3)  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+FREED = 1 << 30  # bytes that may lie free, and of the largest piece that is not mapped on its own
 
 
 def available_threads() -> int:
@@ -38,6 +43,7 @@ def set_up(device: str, threads: int | None) -> torch.device:
 
     from rbkit.tools.gpu import repeatable
 
+    keep_freed_memory()
     torch.set_num_threads(threads or available_threads())
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -45,6 +51,18 @@ def set_up(device: str, threads: int | None) -> torch.device:
     if place.type == "cuda":
         repeatable()
     return place
+
+
+def keep_freed_memory() -> None:
+    """Let what one block has freed serve the next one, where the C library is glibc.
+
+    By default it goes back to the system each time, and its pages are zeroed and mapped anew: a fifth of the time of a
+    small network. The peak of the process stays as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter in MALLOC_THRESHOLDS:
+            mallopt(parameter, FREED)
 
 
 def _place(device: str) -> torch.device:

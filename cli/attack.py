@@ -57,6 +57,7 @@ TAKES = {  # options that not every attack has, and those that have them
     "targeted": ("fgsm", "pgd"),
     "keep": ("pgd",),
     "last_iterate": ("pgd",),
+    "sprint": ("pgd",),
 }
 
 
@@ -159,6 +160,16 @@ def attack(
             show_default=False,
         ),
     ] = None,
+    sprint: Annotated[
+        int | None,
+        typer.Option(
+            "--sprint",
+            metavar="N",
+            min=1,
+            help="pgd: first N steps of length eps from the image; only examples that stand this take all steps.",
+            show_default=False,
+        ),
+    ] = None,
     surrogate: Annotated[
         str | None,
         typer.Option(
@@ -242,6 +253,12 @@ def _check_options(options: dict[str, Any]) -> None:
         )
     if options["keep"] in ("batch", "last") and options["until"] == "broken":
         raise Usage(f"--keep {options['keep']} takes all steps; leave out --until broken")
+    if options["sprint"] and (
+        options["until"] == "end" or options["surrogate"] or options["keep"] in ("batch", "last")
+    ):
+        raise Usage(
+            "--sprint leaves out steps of examples that break early; it goes with --until broken and --keep best"
+        )
     if options["tf32"] and options["attack"] == "fab-t":
         raise Usage("--tf32 goes with attacks in a ball; the distances of fab-t are those of float32")
     _values.block(options["block"])
@@ -262,7 +279,7 @@ def _spec(options: dict[str, Any], eps: float, classes: int) -> Attack:
     """The attack with its own defaults filled in, and what so few classes make of it."""
     from rbkit.tools.attack import ATTACKS
 
-    given = ("steps", "queries", "start", "loss", "until", "keep", "last_iterate")
+    given = ("steps", "queries", "start", "loss", "until", "keep", "last_iterate", "sprint")
     extra = {name: options[name] for name in given if options[name] is not None}
     if options["targeted"]:
         extra["targeted"] = True

@@ -35,6 +35,24 @@ def test_radii_and_a_second_attack(tmp_path: Path, stream_file: Path, model_file
     assert execute("rb-attack", one, *common[1:], "--eps", "0.5", "-o", again).status == 2
 
 
+def test_a_sprint_is_two_attacks_in_a_pipe(tmp_path: Path, stream_file: Path, model_file: Path) -> None:
+    common = ("-m", model_file, "--eps", "0.25", "-q", "-o")
+    one, first, two = (tmp_path / f"{name}.safetensors" for name in ("one", "first", "two"))
+    lines = [
+        (stream_file, "--steps", 5, "--sprint", 2, *common, one),
+        (stream_file, "--steps", 2, "--step-size", 0.25, "--start", "clean", *common, first),
+        (first, "--steps", 5, *common, two),
+    ]
+    assert [execute("rb-attack", *line).status for line in lines] == [0, 0, 0]
+    quick, piped = st.load_file(one), st.load_file(two)
+    assert all(np.array_equal(quick[name], piped[name]) for name in piped) and set(quick) == set(piped)
+    assert json.loads(execute("rb-info", "--json", one).out)["attack"]["sprint"] == 2
+    assert b"--sprint 2" in execute("rb-info", "--replay", one).out
+    for extra in (("--until", "end"), ("--keep", "last"), ("--surrogate", model_file), ("--attack", "fgsm")):
+        refused = execute("rb-attack", stream_file, "--sprint", 2, *extra, *common, two)
+        assert refused.status == 2 and "--sprint" in refused.err
+
+
 def test_fgsm_targeted(tmp_path: Path, stream_file: Path, model_file: Path) -> None:
     out = tmp_path / "o.safetensors"
     done = execute(

@@ -259,6 +259,30 @@ def test_stopping_at_the_first_success_saves_gradients_and_changes_no_verdict():
     assert (early.outcome.backwards[broken] < 10).any() and (early.outcome.backwards[~broken] == 10).all()
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+def test_a_sprint_breaks_no_fewer_and_leaves_the_others_as_they_were(targeted):
+    """What it breaks costs its steps alone; whatever stands it gets the whole attack, to the last bit."""
+    model, x = convnet(), images(60)
+    ids, label = torch.arange(60), predictions(model, x)
+    context = {"target": (label + 1) % K} if targeted else {}
+    spec = attack.pgd(norm="l2", eps=0.3, steps=10, targeted=targeted)
+    plain = attacked(model, spec, x, label, ids=ids, context=context)
+    quick = attacked(model, replace(spec, sprint=2), x, label, ids=ids, context=context)
+    first = replace(spec, steps=2, step_size=0.3, start="clean")
+    alone = attacked(model, first, x, label, ids=ids, context=context)
+    easy = alone.success
+    assert 0 < int(easy.sum()) < 60 and not quick.success.all()
+    assert torch.equal(quick.success, easy | plain.success)
+    assert torch.equal(quick.outcome.images[easy], alone.outcome.images[easy])
+    assert torch.equal(quick.outcome.images[~easy], plain.outcome.images[~easy])
+    assert torch.equal(quick.outcome.forwards, alone.outcome.forwards + torch.where(easy, 0, plain.outcome.forwards))
+    reached = predictions(model, quick.outcome.images)[quick.success]
+    assert (
+        torch.equal(reached == (label + 1)[quick.success] % K, torch.ones_like(reached, dtype=torch.bool))
+        or not targeted
+    )
+
+
 # ------------------------------------------------------------------------------------- labels and targets
 
 

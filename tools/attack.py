@@ -30,7 +30,8 @@ class Attack:
     loss: a key of LOSSES. targeted: ascend towards another class. until: broken (leave at the first success) or end.
     targets: other classes that each example is pushed to in turn. queries: forward passes of square. keep: `best` iterate
     of each example (also where None), `batch` or `last`, as in Plan. last_iterate: `unjudged` leaves the iterate after the
-    last step out, as the paper's code does, so that the last step counts for nothing.
+    last step out, as the paper's code does, so that the last step counts for nothing. sprint: so many steps of length eps
+    from the clean image come first; what they break needs no more.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Attack:
     queries: int | None = None
     keep: str | None = None
     last_iterate: str | None = None
+    sprint: int | None = None
 
     def plan(self) -> Plan:
         """Steps of a fixed length, as fgsm and pgd take them."""
@@ -70,6 +72,9 @@ class Attack:
 
     def stages(self) -> tuple[Attack, ...]:
         """The attacks that it is made of, each on what the ones before it left (section 5 for `auto`)."""
+        if self.sprint is not None:
+            whole = replace(self, sprint=None)
+            return replace(whole, steps=self.sprint, step_size=self.eps, start="clean", restarts=1), whole
         if self.name != "auto":
             return (self,)
         ball: dict[str, Any] = {"norm": self.norm, "eps": self.eps, "seed": self.seed, "restarts": self.restarts}

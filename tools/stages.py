@@ -111,6 +111,8 @@ class _Stage:
             _add_cost(outcome, tag.before.outcome)
             tag = tag.tag
         context = {"label": batch.context["label"], "adversarial": outcome.images}
+        if self.spec.targeted:
+            context["target"] = batch.context["target"]
         return Batch(batch.ids, batch.clean, context, tag=replace(known, tag=tag, before=result))
 
     def _result(self, batch: Batch, outcome: Outcome) -> Attacked:

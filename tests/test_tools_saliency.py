@@ -323,3 +323,12 @@ def test_refinement_computes_no_point_twice():
         expected += -(-still_open * steps // judged.block)  # the midpoints alone
         steps *= 2
     assert sum(calls) == expected
+
+
+@pytest.mark.parametrize("method", ["gradient", "input-x-gradient"])
+def test_a_gradient_tells_the_prediction_that_it_passed(method):
+    model, x = convnet(), images(40)
+    best = evaluation(model)
+    target = (best.logits(x).argmax(1) + 1) % K
+    found = explain(best, x, target, Saliency(method), ids=torch.arange(40))
+    assert torch.equal(found.prediction, best.logits(x).argmax(1))

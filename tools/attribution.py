@@ -56,7 +56,8 @@ class Saliency:
 class Explained:
     """Attribution (N, C, H, W); per row the target, completeness error |sum - (F(x) - F(baseline))|, steps used,
     the standard error of the attribution's sum, and those of the values of blocks of pixels (N, down, across); whether the
-    error stayed above the tolerance; None where a method has no such thing."""
+    error stayed above the tolerance; the class that the model gives the image, where the method runs it on that image anyway;
+    None where a method has no such thing."""
 
     attribution: Tensor
     target: Tensor
@@ -66,6 +67,7 @@ class Explained:
     standard_error: Tensor | None = None
     block_standard_error: Tensor | None = None
     missed: Tensor | None = None
+    prediction: Tensor | None = None
 
 
 def output_of(logits: Tensor, target: Tensor, output: str) -> Tensor:
@@ -82,12 +84,13 @@ def values(evaluation: Evaluation, images: Tensor, target: Tensor, output: str) 
     return output_of(evaluation.logits(images), target, output).double()
 
 
-def gradients(evaluation: Evaluation, images: Tensor, target: Tensor, output: str) -> Tensor:
-    """Gradient of the output of one padded block with respect to its images, (B, C, H, W)."""
+def gradients(evaluation: Evaluation, images: Tensor, target: Tensor, output: str) -> tuple[Tensor, Tensor]:
+    """Gradient of the output of one padded block with respect to its images, (B, C, H, W), and its logits (B, K)."""
     images = images.detach().requires_grad_()
     with torch.enable_grad():
-        total = output_of(evaluation(images), target, output).sum()
-    return torch.autograd.grad(total, images)[0]
+        logits = evaluation(images)
+        total = output_of(logits, target, output).sum()
+    return torch.autograd.grad(total, images)[0], logits.detach()
 
 
 Point = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -110,7 +113,7 @@ def accumulated(
         index = torch.arange(start, start + block, device=images.device).clamp_max(pairs - 1)
         rows, numbers = index // points, index % points
         at, factor = point(rows, numbers)
-        found = (factor * gradients(evaluation, at, target[rows], spec.output))[: pairs - start]
+        found = (factor * gradients(evaluation, at, target[rows], spec.output)[0])[: pairs - start]
         total.index_add_(0, rows[: pairs - start], found)
         square.index_add_(0, rows[: pairs - start], found.flatten(1).double().sum(1) ** 2)
     return total, square

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rbkit.tools.attribution import Saliency
+from rbkit.tools.attribution import Explained, Saliency
 from rbkit.tools.models import Evaluation
 from rbkit.tools.saliency import explain
 
@@ -55,6 +55,12 @@ class Batch:
         return self.evaluation.logits(self.image)
 
     @cached_property
+    def explained_logits(self) -> Tensor:
+        """Logits of the images that the attribution is of."""
+        assert self.explained is not None
+        return self.clean_logits if self.explained is self.image else self.evaluation.logits(self.explained)
+
+    @cached_property
     def adversarial_logits(self) -> Tensor:
         """Logits of the stored adversarial bytes."""
         assert self.adversarial is not None
@@ -92,10 +98,16 @@ class Batch:
         self, images: Tensor, *, evaluation: Evaluation | None = None, target: Tensor | None = None
     ) -> Tensor:
         """The attribution (N, C, H, W) of other images, of another model or class, by the method of the stored one."""
+        return self.explanation(images, evaluation=evaluation, target=target).attribution
+
+    def explanation(
+        self, images: Tensor, *, evaluation: Evaluation | None = None, target: Tensor | None = None
+    ) -> Explained:
+        """The same with all that its making tells."""
         assert self.target is not None and self.saliency is not None
         model = self.evaluation if evaluation is None else evaluation
         goal = self.target if target is None else target
-        return explain(model, images, goal, self.saliency, ids=self.ids, background=self.background).attribution
+        return explain(model, images, goal, self.saliency, ids=self.ids, background=self.background)
 
 
 def reduce_channels(attribution: Tensor, *, signed: bool) -> Tensor:

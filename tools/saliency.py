@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from rbkit.tools import random
-from rbkit.tools.attribution import Explained, Saliency, accumulated, output_of, values
+from rbkit.tools.attribution import Explained, Saliency, accumulated, gradients, output_of, values
 from rbkit.tools.gradcam import grad_cam
 from rbkit.tools.guided import guided_backprop
 from rbkit.tools.integrated_gradients import integrated_gradients
-from rbkit.tools.models import Evaluation
+from rbkit.tools.models import Evaluation, padded
 from rbkit.tools.norms import per_row
 from rbkit.tools.occlusion import occlusion
 from rbkit.tools.shapley import exact_shap, permutation_shap
@@ -28,9 +28,13 @@ def gradient(
     evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, **unused: Tensor | None
 ) -> Explained:
     """The gradient of the output (Simonyan et al. 2014)."""
-    one = torch.ones((), device=images.device)
-    total, _ = accumulated(evaluation, images, target, spec, points=1, point=lambda rows, numbers: (images[rows], one))
-    return Explained(total, target)
+    found, predicted = [], []
+    for (block, count), (goal, _) in zip(evaluation.blocks(images), padded(target, evaluation.block), strict=True):
+        slope, logits = gradients(evaluation, block, goal, spec.output)
+        found.append(slope[:count])
+        predicted.append(logits[:count].argmax(1))
+    # As images are laid out: the order of the sums over a map depends on it.
+    return Explained(torch.cat(found).contiguous(), target, prediction=torch.cat(predicted))
 
 
 def input_x_gradient(

@@ -20,11 +20,11 @@ SHARPNESS = 10.0  # of the softplus that stands for ReLU while the attack climbs
 TOP = 0.1  # share of the locations that count as the highest
 
 
-def _change(batch: Batch, images: Tensor) -> Tensor:
-    """Relative change of the attribution at other images, float64 (N,); NaN where it was zero."""
+def _change(batch: Batch, again: Tensor) -> Tensor:
+    """Relative change of the attribution to another one (N, C, H, W), float64 (N,); NaN where it was zero."""
     assert batch.attribution is not None
     size = batch.attribution.flatten(1).double().norm(dim=1)
-    moved = (batch.explain_again(images) - batch.attribution).flatten(1).double().norm(dim=1)
+    moved = (again - batch.attribution).flatten(1).double().norm(dim=1)
     return defined(size > 0, moved / size.clamp_min(1e-300))
 
 
@@ -46,11 +46,12 @@ def max_sensitivity(batch: Batch) -> Tensor:
     assert batch.explained is not None
     if "noise" not in batch.own:
         worst = torch.full((len(batch.ids),), torch.nan, dtype=torch.float64, device=batch.ids.device)
-        prediction = _predicted(batch, batch.explained)
+        prediction = batch.explained_logits.argmax(1)
         for draw in range(NOISE_DRAWS):
             noisy = _noisy(batch, draw)
-            kept = _predicted(batch, noisy) == prediction
-            worst = torch.where(kept, torch.fmax(worst, _change(batch, noisy)), worst)
+            again = batch.explanation(noisy)
+            kept = (_predicted(batch, noisy) if again.prediction is None else again.prediction) == prediction
+            worst = torch.where(kept, torch.fmax(worst, _change(batch, again.attribution)), worst)
         batch.own["noise"] = worst
     return batch.own["noise"]
 
@@ -101,7 +102,7 @@ def attacked(batch: Batch) -> Tensor:
     """
     assert batch.explained is not None
     if "attacked" not in batch.own:
-        clean, prediction, soft = batch.explained, _predicted(batch, batch.explained), softened(batch.evaluation)
+        clean, prediction, soft = batch.explained, batch.explained_logits.argmax(1), softened(batch.evaluation)
 
         def keep(fresh: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
             kept = (_predicted(batch, fresh) == prediction)[:, None, None, None]
@@ -125,7 +126,7 @@ def attack_sensitivity(batch: Batch) -> Tensor:
 
     Never below max_sensitivity, whose noisy copies are candidates too.
     """
-    return torch.fmax(_change(batch, attacked(batch)), max_sensitivity(batch))
+    return torch.fmax(_change(batch, batch.explain_again(attacked(batch))), max_sensitivity(batch))
 
 
 def attack_overlap(batch: Batch) -> Tensor:

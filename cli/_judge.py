@@ -205,9 +205,8 @@ def _batch(chunk: Chunk, evaluation: Any, run: Judge) -> Batch:
     reduce = run.options["reduce"]
     signed = reduce == "signed" or (reduce == "auto" and described.get("method") in SIGNED)
     of = described.get("of", "image")
-    explained = (
-        None if "attribution" not in chunk.arrays else as_float(tensor(of) if of in chunk.arrays else tensor("image"))
-    )
+    made = image if of == "image" or of not in chunk.arrays else as_float(tensor(of))
+    explained = made if "attribution" in chunk.arrays else None
     inversion = chunk.meta.get("inversion") or {}
     label = evaluation.logits(image).argmax(1) if _unlabelled(chunk) else tensor("label")
     return Batch(

@@ -12,8 +12,8 @@ from itertools import permutations as every_permutation
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy import stats
 
 from rbkit.tools import random
 
@@ -57,7 +57,7 @@ def weighted_ranks(x: Array, weights: Array) -> Array:
 def spearman(x: Array, y: Array, weights: Array | None = None) -> Array:
     """Rank correlation, ties sharing their ranks (Spearman 1904). Shapes as in `pearson`."""
     if weights is None:
-        return pearson(stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1))
+        return pearson(scipy.stats.rankdata(x, axis=-1), scipy.stats.rankdata(y, axis=-1))
     return pearson(weighted_ranks(x, weights), weighted_ranks(y, weights), weights)
 
 
@@ -118,7 +118,7 @@ def fisher_interval(kind: str, r: Array, n: int, *, held: int = 1, confidence: f
     """(low, high): tanh(atanh(r) -+ z s), with s of `fisher_error`; NaN where |r| is 1 but for rounding, as atanh has no value there."""
     r = np.asarray(r, np.float64)
     inside = np.where(np.abs(r) < 1 - FLAT, r, np.nan)
-    reach = stats.norm.ppf(0.5 + confidence / 2) * fisher_error(kind, inside, n, held=held)
+    reach = scipy.stats.norm.ppf(0.5 + confidence / 2) * fisher_error(kind, inside, n, held=held)
     centre = np.arctanh(inside)
     return np.tanh(centre - reach), np.tanh(centre + reach)
 
@@ -212,7 +212,7 @@ def statistics(x: Array, y: Array, held: Array | None, orders: Array) -> Array:
     (B, len(COEFFICIENTS), M), NaN where not defined.
     """
     n = len(x)
-    ranked = stats.rankdata(x), stats.rankdata(y, axis=0)
+    ranked = scipy.stats.rankdata(x), scipy.stats.rankdata(y, axis=0)
     makers: dict[str, Callable[[Array], Array]] = {
         "pearson": lambda part: _linear(x, y, part),
         "spearman": lambda part: _linear(*ranked, part),

@@ -14,8 +14,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from rbkit.tools.losses import TIE
@@ -135,7 +135,7 @@ def _gain(name: str, contender: tuple[str, Tensor], reference: tuple[str, Tensor
 def _needed(lost: int) -> int:
     """The fewest rows won that an exact one-sided sign test at LEVEL takes for more than chance, where `lost` are lost."""
     won = lost
-    while won + lost == 0 or stats.binomtest(won, won + lost, 0.5, alternative="greater").pvalue > LEVEL:
+    while won + lost == 0 or scipy.stats.binomtest(won, won + lost, 0.5, alternative="greater").pvalue > LEVEL:
         won += 1
     return won
 

@@ -6,8 +6,8 @@ import itertools
 import json
 from typing import Any
 
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from rbkit.tools.metrics import METRICS
@@ -80,4 +80,4 @@ def _record(
 def _wilcoxon(difference: Tensor) -> float | None:
     """Two-sided p-value that paired differences (N,) lie around 0; None where all of them are 0."""
     moved = difference[difference != 0]
-    return float(stats.wilcoxon(moved.numpy()).pvalue) if len(moved) else None
+    return float(scipy.stats.wilcoxon(moved.numpy()).pvalue) if len(moved) else None

@@ -11,8 +11,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from rbkit.tools.frechet import extrapolated, frechet
@@ -158,7 +158,7 @@ class Pool:
         both = torch.stack([columns[key] for key in pair], 1)
         both = both[~both.isnan().any(1)]
         value = (
-            float(stats.spearmanr(both[:, 0], both[:, 1]).statistic)
+            float(scipy.stats.spearmanr(both[:, 0], both[:, 1]).statistic)
             if len(both) > 2 and bool((both.std(0) > 0).all())
             else None
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from rbkit.tools.batch import defined
@@ -26,5 +26,5 @@ def correlation(first: Tensor, second: Tensor) -> Tensor:
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     """Spearman's correlation per row of (N, D), ties by their mean rank; NaN where a row is constant."""
-    ranks = [torch.from_numpy(stats.rankdata(x.cpu().numpy(), axis=1)).to(x.device) for x in (first, second)]
+    ranks = [torch.from_numpy(scipy.stats.rankdata(x.cpu().numpy(), axis=1)).to(x.device) for x in (first, second)]
     return correlation(ranks[0], ranks[1])

@@ -1,12 +1,15 @@
-"""Intervals and tests: Wilson for shares, a Poisson bootstrap keyed by example for means."""
+"""Intervals and tests: Wilson for shares, a Poisson bootstrap keyed by example for means.
+
+What every score needs comes from torch.special: loading scipy.stats takes longer than judging a block.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from rbkit.tools import random
@@ -25,17 +28,26 @@ class Interval:
     n: int
 
 
+def normal_quantile(share: float) -> float:
+    """The point of the standard normal distribution below which this share lies."""
+    return float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64)))
+
+
 def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a share (Wilson 1927)."""
     if n == 0:
         return Interval(None, None, None, 0)
-    found = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
-    return Interval(successes / n, float(found.low), float(found.high), n)
+    reach, share = normal_quantile(0.5 + confidence / 2), successes / n
+    middle = share + reach**2 / (2 * n)
+    half = reach * math.sqrt(share * (1 - share) / n + reach**2 / (4 * n**2))
+    low, high = ((middle + side * half) / (1 + reach**2 / n) for side in (-1, 1))
+    return Interval(share, max(0.0, low) if successes else 0.0, 1.0 if successes == n else min(1.0, high), n)
 
 
 def _poisson_edges() -> Tensor:
     """Cumulative probabilities of Poisson(1), scaled to 32-bit words."""
-    return torch.tensor([int(stats.poisson.cdf(k, 1.0) * 2**32) for k in range(13)])
+    below = torch.special.gammaincc(torch.arange(1, 14, dtype=torch.float64), torch.ones((), dtype=torch.float64))
+    return torch.tensor([int(share * 2**32) for share in below.tolist()])
 
 
 def poisson_weights(ids: Tensor, draws: int, *, seed: int = 0) -> Tensor:
@@ -109,7 +121,7 @@ def mcnemar(first: Tensor, second: Tensor) -> float:
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     if only_first + only_second == 0:
         return 1.0
-    return float(stats.binomtest(only_first, only_first + only_second, 0.5).pvalue)
+    return float(scipy.stats.binomtest(only_first, only_first + only_second, 0.5).pvalue)
 
 
 def finite_or_none(value: float | None) -> float | None:

@@ -247,4 +247,4 @@ def test_help_loads_no_torch() -> None:
 def test_scores_load_no_scipy_stats() -> None:
     """It takes as long to load as a block to judge; only tests between models and rank correlations need it."""
     code = "import sys; import rbkit.tools.pool, rbkit.tools.metrics; sys.exit('scipy.stats' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0

@@ -88,6 +88,7 @@ def test_every_attack_takes_the_options_that_its_history_records(name: str) -> N
             "eps",
             "keep",
             "last_iterate",
+            "sprint",
             "tf32",
         )
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import C, H, K, N, W, convnet, evaluation, images, linear, weights_of
 
-from rbkit.tools import attack, losses, stages
+from rbkit.tools import attack, losses, square, stages
 from rbkit.tools.flow import polling
 from rbkit.tools.norms import L2, LINF, NORMS
 from rbkit.tools.slots import Batch
@@ -56,11 +56,11 @@ class Watching:
 def searched(norm, queries, x, eps, *, of=1000):
     """The first images that are asked about, of a search of many more."""
     goal = Watching()
-    slots = Square(norm, eps, of).slots(goal, Batch(IDS, x, {}), block=32)
+    slots = Square(norm, eps, of).slots(goal, Batch(IDS, x, {}), block=N)
     slots.load(torch.arange(N), Batch(IDS, x, {}), torch.arange(N))
     for _ in range(queries):
         slots.advance()
-    return [asked[:N] for asked in goal.asked]
+    return goal.asked
 
 
 def test_linf_begins_with_stripes_and_then_changes_one_square_per_image():
@@ -153,17 +153,41 @@ def test_a_row_does_not_depend_on_the_steps_of_its_neighbours(norm):
         return (images * (context["w"] - 0.5)).sum((1, 2, 3)), torch.zeros(len(images), dtype=torch.bool)
 
     def searched(gap: int) -> torch.Tensor:
-        """Each row after 100 queries, where a row starts every `gap` turns; 0: all at once."""
+        """Each row after 100 queries, where a row starts every `gap` turns, the first ones with queries tried ahead; 0: all
+        at once."""
         rows, found = Batch(torch.arange(8), x, {"w": weight}), torch.zeros_like(x)
-        slots = Square(NORMS[norm], 0.8 if norm == "l2" else 0.1, 120).slots(goal, rows, block=8)
+        slots = Square(NORMS[norm], 0.8 if norm == "l2" else 0.1, 100).slots(goal, rows, block=8)
         begin = torch.arange(8) * gap
         for turn in range(7 * gap + 100):
             new = (begin == turn).nonzero()[:, 0]
             if len(new):
                 slots.load(new, rows, new)
-            slots.advance()
-            at = slots.step == 100
-            found[at] = slots.top[at]
+            done = slots.advance()
+            found[done] = slots.best.images[done]
+        assert not slots.active.any() and (slots.best.forwards == 100).all()
         return found
 
     assert torch.equal(searched(0), searched(9))
+
+
+@BOTH
+@pytest.mark.parametrize(("queries", "restarts", "until"), [(45, 1, "broken"), (20, 3, "broken"), (31, 2, "end")])
+def test_queries_tried_ahead_are_as_if_tried_one_by_one(norm, queries, restarts, until, monkeypatch):
+    """Results, success and passes, to the last bit; fewer evaluations."""
+    model, x = convnet(), images(5)
+    ids, label = torch.arange(5), evaluation(model).logits(x).argmax(1)
+    spec = attack.square(
+        norm=norm, eps={"l2": 0.3, "linf": 0.03}[norm], queries=queries, restarts=restarts, until=until
+    )
+    turns = []
+    advance = square.SquareSlots.advance
+    monkeypatch.setattr(square.SquareSlots, "advance", lambda slots: turns.append(1) or advance(slots))
+    ahead = attacked(model, spec, x, label, ids=ids)
+    fewer = len(turns)
+    turns.clear()
+    monkeypatch.setattr(square.Tries, "of", lambda active, like: square.Tries.single(like))
+    one = attacked(model, spec, x, label, ids=ids)
+    assert fewer < len(turns)
+    assert 0 < int(one.success.sum()) < 5
+    for name in ("images", "value", "reached", "forwards"):
+        assert torch.equal(getattr(ahead.outcome, name), getattr(one.outcome, name)), name

@@ -121,7 +121,7 @@ class Flow:
         self.padded += (slots.block - count) / self.block
         if self.padded < PATIENCE:
             return
-        self.padded, width = 0.0, self.widths(count, slots.clean)
+        self.padded, width = 0.0, self.widths(max(count, slots.LEAST), slots.clean)
         if width < slots.block:
             idle = [s for s in range(slots.block) if s not in self.owner]
             kept = (sorted(self.owner) + idle)[:width]

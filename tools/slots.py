@@ -72,6 +72,11 @@ def assign(target: Tensor, source: Tensor, chosen: Tensor) -> None:
         target.index_copy_(0, rows, source.index_select(0, rows))
 
 
+def surpasses(value: Tensor, reached: Tensor, best: Tensor, best_reached: Tensor) -> Tensor:
+    """Whether a value is better than the best so far: reaching the goal comes before a higher value. All (N,)."""
+    return (reached & ~best_reached) | ((value > best) & (reached == best_reached))
+
+
 class Slots(ABC):
     """A block of `block` slots, each at work for one example: who sits where, and what was found so far.
 
@@ -81,6 +86,7 @@ class Slots(ABC):
     """
 
     STATE: tuple[str, ...] = ("ids", "clean", "now", "step", "restart", "active")
+    LEAST = 1  # rows of a block below which a narrower one is no gain
 
     def __init__(self, objective: Objective, like: Batch, *, block: int) -> None:
         device = like.clean.device
@@ -160,9 +166,8 @@ class Slots(ABC):
         assign(best.images, images, better)
 
     def improved(self, value: Tensor, reached: Tensor) -> Tensor:
-        """Active slots whose outcome is worse than this: reaching the goal comes before a higher value."""
-        higher = (value > self.best.value) & (reached == self.best.reached)
-        return self.active & ((reached & ~self.best.reached) | higher)
+        """Active slots whose outcome is worse than this."""
+        return self.active & surpasses(value, reached, self.best.value, self.best.reached)
 
     def begin_again(self, again: Tensor) -> None:
         """Start the next restart of the slots in `again`, bool (B,)."""

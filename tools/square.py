@@ -2,6 +2,8 @@
 
 Each query changes one patch of the best image so far and is kept if the loss rises. Patches shrink on a fixed schedule.
 Every draw is a function of (seed, id, number of the query): position, signs and orientation differ between examples.
+Few queries are kept, so that where examples are few, each has several of its next queries tried at once; those after the
+first that is kept are forgotten, and all is as if they had been tried one by one.
 """
 
 from __future__ import annotations
@@ -9,17 +11,18 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rbkit.tools import random
 from rbkit.tools.norms import Norm, l2_size, per_row
-from rbkit.tools.slots import Batch, Objective, Slots, assign
+from rbkit.tools.slots import Batch, Objective, Slots, assign, surpasses
 
 SHARE = 0.8  # of the pixels that the first patches cover, p of section 3.2
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000 after which the share is halved
+LEAST = 16  # rows of a block, which hardly takes longer than a narrower one
 TILES = 5  # per side, of the first perturbation in L2 (section 3.4)
 
 
@@ -67,10 +70,50 @@ def _bump(height: int, width: int) -> Tensor:
     return sums[depth]
 
 
+@dataclass(frozen=True)
+class Tries:
+    """The next queries of some slots: `ahead` of each in their order, slot after slot, one row of the block each.
+
+    slots: int64 (A,). owner, later: int64 (B,): the slot of each row, and how many queries after its next one.
+    images (B, C, H, W).
+    """
+
+    slots: Tensor
+    ahead: int
+    owner: Tensor
+    later: Tensor
+    images: Tensor
+
+    @classmethod
+    def single(cls, images: Tensor) -> Tries:
+        """One query of every slot: what stands in `images`."""
+        every = torch.arange(len(images), device=images.device)
+        return cls(every, 1, every, torch.zeros_like(every), images)
+
+    @classmethod
+    def of(cls, active: Tensor, like: Tensor) -> Tries:
+        """As many of each active slot as there are rows, none filled in yet."""
+        slots, block = active.nonzero()[:, 0], len(active)
+        ahead = block // len(slots)
+        if ahead < 2:
+            return cls.single(like)
+        row = torch.arange(block, device=active.device).clamp_max(len(slots) * ahead - 1)
+        return cls(slots, ahead, slots[row // ahead], row % ahead, like)
+
+    def first(self, event: Tensor) -> Tensor:
+        """Per slot, the place of the first of its queries where `event`, bool (B,), is true; the last one where it never is."""
+        none_yet = (~event[: len(self.slots) * self.ahead]).reshape(-1, self.ahead).cumprod(1)
+        return none_yet.sum(1).clamp_max(self.ahead - 1)
+
+
 class SquareSlots(Slots):
-    """Slots with the best image of the restart, `top`, and its value; `sides` holds the side of a patch by query."""
+    """Slots with the best image of the restart, `top`, and its value; `sides` holds the side of a patch by query.
+
+    `now` is the next query of each slot, and `tries` what is computed next.
+    """
 
     STATE = (*Slots.STATE, "top", "top_value")
+    LEAST = LEAST
 
     def __init__(self, objective: Objective, plan: Square, like: Batch, *, block: int) -> None:
         super().__init__(objective, like, block=block)
@@ -78,6 +121,7 @@ class SquareSlots(Slots):
         shares = [covered(query, plan.queries, share=plan.share) for query in range(plan.queries + 1)]
         self.sides = torch.tensor([self.side(share) for share in shares], device=self.clean.device)
         self.top, self.top_value = self.now.clone(), torch.zeros(block, device=self.clean.device)
+        self.tries: Tries | None = None
 
     @abstractmethod
     def side(self, share: float) -> int:
@@ -88,46 +132,80 @@ class SquareSlots(Slots):
         """First perturbations of `slots`, inside the ball."""
 
     @abstractmethod
-    def proposal(self) -> Tensor:
-        """Images that the slots try next, inside the ball; the box is cut later."""
+    def proposal(self, tries: Tries) -> Tensor:
+        """Images of the rows of `tries`, inside the ball; the box is cut later."""
 
     def begin(self, slots: Tensor) -> None:
         """The first image of a restart."""
         self.now[slots] = (self.clean[slots] + self.first(slots)).clamp(0, 1)
         self.top_value[slots] = float("-inf")
+        self.tries = None
+
+    def take(self, slots: Tensor) -> None:
+        """Go on with these slots alone."""
+        super().take(slots)
+        self.tries = None
 
     def advance(self) -> Tensor:
-        """One query of every slot: keep what is better, propose the next."""
+        """One query of every slot, or several: keep what is better, propose the next."""
         plan = self.plan
-        value, reached, _ = self.evaluate(torch.zeros_like(self.active))
-        self.keep(self.improved(value, reached), self.now, value, reached)
+        images, value, reached, used = self._tried(self.tries or Tries.single(self.now))
+        self.best.forwards += used
+        self.keep(self.improved(value, reached), images, value, reached)
         higher = value > self.top_value
         self.top_value = torch.where(higher, value, self.top_value)
-        assign(self.top, self.now, higher)
-        self.step = self.step + self.active
+        assign(self.top, images, higher)
+        self.step = self.step + used
         ended = self.active & (self.step >= plan.queries)
         done = ended & (self.restart + 1 >= plan.restarts)
         if plan.stop:
             done = done | (self.active & reached)
-        left = self.leave(done)
+        left, self.tries = self.leave(done), None
         if bool(self.active.any()):
-            self.now = self.proposal().clamp_(0, 1)
+            self._propose()
             self.begin_again(ended & ~done)
         return left
 
-    def groups(self, count: int) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """For the next query: slots at work whose patches have one side, int64 (G,); the side; `count` words of 32 random
-        bits for each, int64 (G, count).
+    @torch.no_grad()
+    def _tried(self, tries: Tries) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(images, value, reached, queries used) per slot: of the first of its queries to be kept, or else of the last."""
+        if tries.ahead == 1:
+            value, reached = self.objective(tries.images, self.context)
+            return tries.images, value, reached, self.active.long()
+        value, reached = self.objective(tries.images, {name: of[tries.owner] for name, of in self.context.items()})
+        best, best_reached, top = (of[tries.owner] for of in (self.best.value, self.best.reached, self.top_value))
+        last = self.step[tries.owner] + tries.later + 1 >= self.plan.queries
+        place = tries.first((value > top) | surpasses(value, reached, best, best_reached) | last)
+        rows = torch.arange(len(place), device=place.device) * tries.ahead + place
+        images, used = self.now.index_copy(0, tries.slots, tries.images[rows]), torch.zeros_like(self.step)
+        used[tries.slots] = place + 1
+        values, goals = torch.full_like(self.top_value, float("-inf")), torch.zeros_like(self.active)
+        values[tries.slots], goals[tries.slots] = value[rows], reached[rows]
+        return images, values, goals, used
+
+    def _propose(self) -> None:
+        """The next queries."""
+        tries = Tries.of(self.active, self.now)
+        self.tries = replace(tries, images=self.proposal(tries).clamp_(0, 1))
+        if tries.ahead == 1:
+            self.now = self.tries.images
+        else:
+            self.now[tries.slots] = self.tries.images[: len(tries.slots) * tries.ahead : tries.ahead]
+
+    def groups(self, tries: Tries, count: int) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """Rows of slots at work whose patches have one side, int64 (G,); the side; `count` words of 32 random bits for each,
+        int64 (G, count).
 
         One side at a time, so that how the sums of a row are ordered does not depend on where its neighbours are.
         """
-        draw = self.restart * self.plan.queries + self.step
-        words = random.words(self.ids, count, seed=self.plan.seed, purpose="square", draw=draw)
-        sides = torch.where(self.active, self.sides[self.step], 0)
+        step = (self.step[tries.owner] + tries.later).clamp_max(self.plan.queries)
+        draw = self.restart[tries.owner] * self.plan.queries + step
+        words = random.words(self.ids[tries.owner], count, seed=self.plan.seed, purpose="square", draw=draw)
+        sides = torch.where(self.active[tries.owner], self.sides[step], 0)
         for side in sides.unique().tolist():
             if side:
-                slots = (sides == side).nonzero()[:, 0]
-                yield slots, side, words[slots]
+                rows = (sides == side).nonzero()[:, 0]
+                yield rows, side, words[rows]
 
     def signs(self, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Signs of the first perturbation, -1 or 1, (len(slots), *shape)."""
@@ -136,13 +214,13 @@ class SquareSlots(Slots):
         )
         return _sign(words).reshape(len(slots), *shape)
 
-    def patch(self, slots: Tensor, side: int, words: Tensor) -> Patch:
-        """Patches anywhere in the images of `slots`, uniform where they fit; two words each (G, 2)."""
+    def patch(self, rows: Tensor, side: int, words: Tensor) -> Patch:
+        """Patches anywhere in the images of these rows, uniform where they fit; two words each (G, 2)."""
         height, width = self.clean.shape[2:]
         along = torch.arange(side, device=words.device)
-        rows = ((words[:, 0] * (height - side + 1)) >> 32)[:, None] + along
-        columns = ((words[:, 1] * (width - side + 1)) >> 32)[:, None] + along
-        return Patch(slots, rows, columns)
+        down = ((words[:, 0] * (height - side + 1)) >> 32)[:, None] + along
+        across = ((words[:, 1] * (width - side + 1)) >> 32)[:, None] + along
+        return Patch(rows, down, across)
 
 
 @dataclass(frozen=True)
@@ -192,12 +270,12 @@ class LinfSlots(SquareSlots):
         channels, height, width = self.clean.shape[1:]
         return self.plan.eps * self.signs(slots, (channels, 1, width)).expand(-1, -1, height, -1)
 
-    def proposal(self) -> Tensor:
+    def proposal(self, tries: Tries) -> Tensor:
         """The best image with a patch at the edge of the ball."""
-        moved = self.top.clone()
-        for slots, side, words in self.groups(2 + self.clean.shape[1]):
-            patch = self.patch(slots, side, words)
-            patch.put(moved, patch.of(self.clean) + self.plan.eps * per_row(_sign(words[:, 2:])))
+        moved, clean = self.top[tries.owner], self.clean[tries.owner]
+        for rows, side, words in self.groups(tries, 2 + clean.shape[1]):
+            patch = self.patch(rows, side, words)
+            patch.put(moved, patch.of(clean) + self.plan.eps * per_row(_sign(words[:, 2:])))
         return moved
 
 
@@ -223,19 +301,19 @@ class L2Slots(SquareSlots):
         signs = self.signs(slots, (channels, down, across)).repeat_interleave(side, 2).repeat_interleave(side, 3)
         return self.scaled((signs * tile)[:, :, :height, :width])
 
-    def proposal(self) -> Tensor:
+    def proposal(self, tries: Tries) -> Tensor:
         """The best image with one patch emptied and another one pushed further."""
-        moved = self.top - self.clean
+        moved, clean = (self.top - self.clean)[tries.owner], self.clean[tries.owner]
         unused = (self.plan.eps**2 - moved.square().sum((1, 2, 3))).clamp_min(0)[:, None] / moved.shape[1]
-        for slots, side, words in self.groups(5 + moved.shape[1]):
-            here, there = self.patch(slots, side, words), self.patch(slots, side, words[:, 2:])
+        for rows, side, words in self.groups(tries, 5 + moved.shape[1]):
+            here, there = self.patch(rows, side, words), self.patch(rows, side, words[:, 2:])
             inside, taken = here.of(moved), there.of(moved) * ~there.meets(here)
-            available = (inside.square().sum((2, 3)) + taken.square().sum((2, 3)) + unused[slots]).sqrt()
+            available = (inside.square().sum((2, 3)) + taken.square().sum((2, 3)) + unused[rows]).sqrt()
             bump, turned = self.pyramids[side], (words[:, 4] >> 31).bool()[:, None, None, None]
             pushed = per_row(_sign(words[:, 5:])) * torch.where(turned, bump.T, bump) + _unit(inside)
             there.put(moved, torch.zeros((), device=moved.device))
             here.put(moved, _unit(pushed) * per_row(available))
-        return self.scaled(moved).add_(self.clean)
+        return self.scaled(moved).add_(clean)
 
     def scaled(self, delta: Tensor) -> Tensor:
         """Perturbations of the norm of the radius, less what rounding may add; a zero one stays."""

@@ -34,10 +34,10 @@ class Attacked:
 
 @dataclass
 class _Tag:
-    """What goes with a batch through an attack: the caller's tag, and what is known of its rows."""
+    """What goes with a batch through an attack: the caller's tag, and what is known of its rows, logits (N, K) first."""
 
     tag: Any
-    prediction: Tensor
+    logits: Tensor
     earlier: Tensor | None
     broken: Tensor
     before: Attacked | None = None
@@ -138,7 +138,7 @@ class _Stage:
         if known.earlier is not None:
             before = NORMS[self.spec.norm].size(known.earlier - batch.clean)
             distance = torch.where(known.broken, torch.minimum(distance, before), distance)
-        return torch.where(batch.context["label"] != known.prediction, torch.zeros_like(distance), distance)
+        return torch.where(batch.context["label"] != known.logits.argmax(1), torch.zeros_like(distance), distance)
 
 
 def _add_cost(outcome: Outcome, before: Outcome) -> None:
@@ -155,7 +155,9 @@ def prepare(evaluation: Evaluation, spec: Attack, batch: Batch, *, judge: Evalua
     `judge`, predictions and what is broken are its, while `evaluation` is the model that images are made on.
     """
     victim = evaluation if judge is None else judge
-    logits = victim.logits(batch.clean)
+    # What the attack before this one has told of its rows is not computed again.
+    before = batch.tag.before if isinstance(batch.tag, _Tag) else None
+    logits = victim.logits(batch.clean) if before is None else batch.tag.logits
     prediction = logits.argmax(1)
     label = batch.context.get("label", prediction)
     context = {"label": label}
@@ -172,11 +174,11 @@ def prepare(evaluation: Evaluation, spec: Attack, batch: Batch, *, judge: Evalua
         context["target"] = context["targets"][:, 0].clone()
     earlier, broken = batch.context.get("adversarial"), skip
     if earlier is not None:
-        broken = skip | spec.goal(victim.logits)(earlier, context)[1]
+        broken = before.success if before is not None else skip | spec.goal(victim.logits)(earlier, context)[1]
     skip = skip if _measures(spec, judge) else broken
     if spec.keep == "batch":  # rows that need no attack count in the mean all the same
         skip = torch.zeros_like(skip)
-    return Batch(batch.ids, batch.clean, context, skip, _Tag(batch.tag, prediction, earlier, broken))
+    return Batch(batch.ids, batch.clean, context, skip, _Tag(batch.tag, logits, earlier, broken))
 
 
 def _measures(spec: Attack, judge: Evaluation | None) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import C, H, K, N, W, convnet, evaluation, images, linear, weights_of
 
-from rbkit.tools import attack, losses, square, stages
+from rbkit.tools import attack, losses, square, stages, tries
 from rbkit.tools.flow import polling
 from rbkit.tools.norms import L2, LINF, NORMS
 from rbkit.tools.slots import Batch
@@ -185,7 +185,7 @@ def test_queries_tried_ahead_are_as_if_tried_one_by_one(norm, queries, restarts,
     ahead = attacked(model, spec, x, label, ids=ids)
     fewer = len(turns)
     turns.clear()
-    monkeypatch.setattr(square.Tries, "of", lambda active, like: square.Tries.single(like))
+    monkeypatch.setattr(tries.Tries, "of", lambda active, like: tries.Tries.single(like))
     one = attacked(model, spec, x, label, ids=ids)
     assert fewer < len(turns)
     assert 0 < int(one.success.sum()) < 5

@@ -19,10 +19,10 @@ from torch import Tensor
 from rbkit.tools import random
 from rbkit.tools.norms import Norm, l2_size, per_row
 from rbkit.tools.slots import Batch, Objective, Slots, assign, surpasses
+from rbkit.tools.tries import Tries
 
 SHARE = 0.8  # of the pixels that the first patches cover, p of section 3.2
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000 after which the share is halved
-LEAST = 16  # rows of a block, which hardly takes longer than a narrower one
 TILES = 5  # per side, of the first perturbation in L2 (section 3.4)
 
 
@@ -70,42 +70,6 @@ def _bump(height: int, width: int) -> Tensor:
     return sums[depth]
 
 
-@dataclass(frozen=True)
-class Tries:
-    """The next queries of some slots: `ahead` of each in their order, slot after slot, one row of the block each.
-
-    slots: int64 (A,). owner, later: int64 (B,): the slot of each row, and how many queries after its next one.
-    images (B, C, H, W).
-    """
-
-    slots: Tensor
-    ahead: int
-    owner: Tensor
-    later: Tensor
-    images: Tensor
-
-    @classmethod
-    def single(cls, images: Tensor) -> Tries:
-        """One query of every slot: what stands in `images`."""
-        every = torch.arange(len(images), device=images.device)
-        return cls(every, 1, every, torch.zeros_like(every), images)
-
-    @classmethod
-    def of(cls, active: Tensor, like: Tensor) -> Tries:
-        """As many of each active slot as there are rows, none filled in yet."""
-        slots, block = active.nonzero()[:, 0], len(active)
-        ahead = block // len(slots)
-        if ahead < 2:
-            return cls.single(like)
-        row = torch.arange(block, device=active.device).clamp_max(len(slots) * ahead - 1)
-        return cls(slots, ahead, slots[row // ahead], row % ahead, like)
-
-    def first(self, event: Tensor) -> Tensor:
-        """Per slot, the place of the first of its queries where `event`, bool (B,), is true; the last one where it never is."""
-        none_yet = (~event[: len(self.slots) * self.ahead]).reshape(-1, self.ahead).cumprod(1)
-        return none_yet.sum(1).clamp_max(self.ahead - 1)
-
-
 class SquareSlots(Slots):
     """Slots with the best image of the restart, `top`, and its value; `sides` holds the side of a patch by query.
 
@@ -113,7 +77,7 @@ class SquareSlots(Slots):
     """
 
     STATE = (*Slots.STATE, "top", "top_value")
-    LEAST = LEAST
+    LEAST = 16  # rows hardly take longer than fewer
 
     def __init__(self, objective: Objective, plan: Square, like: Batch, *, block: int) -> None:
         super().__init__(objective, like, block=block)

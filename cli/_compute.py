@@ -56,8 +56,8 @@ def set_up(device: str, threads: int | None) -> torch.device:
 def keep_freed_memory() -> None:
     """Let what one block has freed serve the next one, where the C library is glibc.
 
-    By default it goes back to the system each time, and its pages are zeroed and mapped anew: a fifth of the time of a
-    small network. The peak of the process stays as it is.
+    By default it may go back to the system each time, and its pages are zeroed and mapped anew: in some runs a fifth of the
+    time of a small network. The peak of the process stays as it is.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

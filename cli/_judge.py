@@ -112,6 +112,11 @@ class Judge:
             return
         features = self._features(chunk, batch)
         if not names and not features:
+            if self.names is not None:
+                kind = chunk.meta["kind"]
+                raise Input(
+                    f"{chunk.place}: none of --metrics {','.join(self.names)} is of {kind} (or labels are missing)"
+                )
             raise Input(f"{chunk.place}: nothing to score (no labels?); try rb-data --label, or --per-example")
         if chunk.count:
             about = _about(chunk, model, batch, self.referee_sha)

@@ -12,6 +12,7 @@ from rbkit.cli._app import program
 from rbkit.cli._compute import block_on, load_model, set_up
 from rbkit.cli._errors import Input, Numbers, Usage
 from rbkit.cli._judge import FEATURES, PREFIX, Judge
+from rbkit.cli._log import note
 from rbkit.cli._options import (
     DOCUMENT_LIMIT,
     ArchName,
@@ -159,6 +160,7 @@ def _finish(run: Judge, gates: list[_gates.Gate], options: dict[str, Any]) -> No
     records = _records(run, options)
     if not records:
         raise Input("no rows to score")
+    _tell_missing(records, options)
     if options["output"] is not None:
         _keep(run, options)
     flagged: list[dict[str, Any]] = [] if run.flags is None else run.flags.records(run.pools)
@@ -174,6 +176,15 @@ def _finish(run: Judge, gates: list[_gates.Gate], options: dict[str, Any]) -> No
             f"{round(worst['value'] * worst['n'])} of {worst['n']} adversarial images lie outside the ball or the box"
         )
     _flags.refuse_undecided(flagged)
+
+
+def _tell_missing(records: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    """Say which metrics were asked for by name and are of no stream here."""
+    if options["quiet"] or options["metrics"] in (None, "all"):
+        return
+    missing = set(options["metrics"].split(",")) - {record["metric"] for record in records}
+    if missing:
+        note("rb-score", f"--metrics {','.join(sorted(missing))}: of no stream here, by its kind and its tensors")
 
 
 def _records(run: Judge, options: dict[str, Any], *, confidence: float = 0.95) -> list[dict[str, Any]]:

@@ -70,3 +70,16 @@ def test_paired_models(stream_file: Path, model_file: Path, tmp_path: Path, trai
         )
     alone = execute("rb-score", stream_file, "-m", model_file, "--paired")
     assert alone.status == 2 and alone.err.count("\n") == 1
+
+
+def test_a_metric_that_no_stream_has_is_told(tmp_path: Path, stream_file: Path, model_file: Path) -> None:
+    """Not left out in silence; and where none is left, the error names what was asked for and what the stream is."""
+    maps = tmp_path / "maps.safetensors"
+    common = ("-m", model_file, "-q")
+    assert execute("rb-saliency", stream_file, "--method", "gradient", *common, "-o", maps).status == 0
+    some = execute("rb-score", maps, "-m", model_file, "--metrics", "gini,robust_accuracy", "--json")
+    assert some.status == 0 and b"gini" in some.out and b"robust_accuracy" not in some.out
+    assert "--metrics robust_accuracy: of no stream here" in some.err
+    assert not execute("rb-score", maps, "-m", model_file, "--metrics", "gini", "--json").err
+    none = execute("rb-score", maps, "-m", model_file, "--metrics", "robust_accuracy", "--json")
+    assert none.status == 3 and "robust_accuracy" in none.err and "attributions" in none.err

@@ -31,6 +31,9 @@ STEPS  ?= 3
 RAMP   ?= 0.5
 SEED   ?= 0
 AUGMENT ?= $(or $(AUGMENT_$(DATA)),crop-flip)
+# more options of rb-train and of rb-attack, such as --amp and --tf32 on a GPU
+TRAIN_ARGS ?=
+ATTACK_ARGS ?=
 # picture size of DATA=folder
 SIZE   ?= 32
 # where the study would be worthless: the standard model's clean accuracy outside CLEAN, or the robust model less than
@@ -110,9 +113,9 @@ value_n := $(N)
 value_ntest := $(NTEST)
 value_nmaps := $(NMAPS) $(POINTS)
 value_ninv := $(NINV)
-value_train := $(EPOCHS) $(BATCH) $(LR) $(ARCH) $(WIDTH) $(VAL) $(SEED) $(AUGMENT)
+value_train := $(EPOCHS) $(BATCH) $(LR) $(ARCH) $(WIDTH) $(VAL) $(SEED) $(AUGMENT)$(if $(TRAIN_ARGS), $(TRAIN_ARGS))
 value_ball := $(NORM) $(EPS) $(STEPS) $(RAMP)
-value_attack := $(NORM) $(EPSS)
+value_attack := $(NORM) $(EPSS)$(if $(ATTACK_ARGS), $(ATTACK_ARGS))
 value_judge := $(JUDGE_EPOCHS)
 value_bounds := $(CLEAN) $(GAP)
 
@@ -141,7 +144,7 @@ $(D)/targets.safetensors: $(K)/data $(K)/ninv | setup
 # A checkpoint older than what it depends on belongs to another run. A finished run is left as it is, hence the touch.
 FRESH = @for p in $^; do [ ! "$$p" -nt "$@.ckpt" ] || rm -f "$@.ckpt"; done
 TRAIN_OPTIONS = --arch $(ARCH) $(if $(WIDTH),--width $(WIDTH)) --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --val $(VAL) \
-    --augment $(AUGMENT) --resume
+    --augment $(AUGMENT) $(TRAIN_ARGS) --resume
 TRAIN = rb-train $< $(TRAIN_OPTIONS) -o $@
 STANDARD = --seed $(SEED)
 ROBUST = --seed $(SEED) --norm $(NORM) --eps $(EPS) --steps $(STEPS) --eps-ramp $(RAMP)
@@ -161,7 +164,7 @@ $(D)/judge.safetensors: $(D)/train.safetensors $(K)/train $(K)/judge
 # ---------------------------------------------------------------------------------------------------- artefacts
 
 MODELS := standard robust
-ATTACK = --norm $(NORM) --seed $(SEED)
+ATTACK = --norm $(NORM) --seed $(SEED) $(ATTACK_ARGS)
 MAP_OPTIONS = --steps $(POINTS) --samples $(POINTS) --seed $(SEED)
 INVERT = --steps 100 --seed $(SEED)
 
@@ -264,8 +267,8 @@ $(X)/%.jsonl: $(X)/%.safetensors
 # interpretable as they become more robust?
 
 L := $(D)/link
-value_link := $(EPOCHS) $(BATCH) $(LR) $(ARCH) $(WIDTH) $(VAL) $(AUGMENT) $(NORM) $(STEPS) $(RAMP)
-value_linkattack := $(NORM) $(EPSS) $(LINK_NTEST)
+value_link := $(EPOCHS) $(BATCH) $(LR) $(ARCH) $(WIDTH) $(VAL) $(AUGMENT) $(NORM) $(STEPS) $(RAMP)$(if $(TRAIN_ARGS), $(TRAIN_ARGS))
+value_linkattack := $(NORM) $(EPSS) $(LINK_NTEST)$(if $(ATTACK_ARGS), $(ATTACK_ARGS))
 value_linkmaps := $(LINK_NMAPS) $(POINTS)
 
 $(L)/test.safetensors: $(K)/data $(K)/linkattack | setup
@@ -300,7 +303,7 @@ $(foreach s,$(CONTROL_SEEDS),$(foreach c,$(CONTROLS),\
 # Attacked images and maps flow through pipes: what is kept of a model are its records. The braces stand in a line of their
 # own: before && bash would not stop at a command that fails in them.
 $(L)/%.jsonl: $(L)/%.safetensors $(L)/test.safetensors $(L)/maps.safetensors $(K)/linkattack
-	{ rb-attack $(L)/test.safetensors -m $< --norm $(NORM) $(foreach e,$(EPSS),--eps $(e)) --quiet | rb-score -m $< --json --quiet; \
+	{ rb-attack $(L)/test.safetensors -m $< --norm $(NORM) $(foreach e,$(EPSS),--eps $(e)) $(ATTACK_ARGS) --quiet | rb-score -m $< --json --quiet; \
 	  for method in $(LINK_METHODS); do \
 	      rb-saliency $(L)/maps.safetensors -m $< --method $$method --steps $(POINTS) --samples $(POINTS) --quiet; \
 	  done | rb-score -m $< --metrics all --json --quiet; } > $@.tmp

@@ -40,6 +40,8 @@ def open_bytes(source: str) -> tuple[BinaryIO, str]:
             return Path(source).open("rb", buffering=0), source
     if os.isatty(0):
         raise Usage("standard input is a terminal; give a file, or pipe a stream in")
+    if fcntl.fcntl(0, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:  # closed by the caller (_app.py), or `0> file`
+        raise Input("standard input is closed; give a file, or pipe a stream in")
     widen(0)
     return open(0, "rb", buffering=0, closefd=False), STDIN
 

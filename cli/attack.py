@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _history, _input, _output, _values
+from rbkit.cli import _attack_spec, _history, _input, _output, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import Model, block_on, load_model, set_up, side_digest, to_tensor
 from rbkit.cli._errors import Input, Numbers, Usage
@@ -44,21 +44,6 @@ if TYPE_CHECKING:
     from rbkit.tools.stages import Attacked
 
 Models = tuple[Model, Model | None]  # the attacked one, and the surrogate that images are made on
-NAMES = ("fgsm", "pgd", "apgd-ce", "apgd-dlr", "apgd-t", "square", "fab-t", "auto")
-LOSSES = ("ce", "margin", "dlr")
-KEEPS = ("best", "batch", "last")
-APGD = ("apgd-ce", "apgd-dlr", "apgd-t")
-TAKES = {  # options that not every attack has, and those that have them
-    "steps": ("fgsm", "pgd", *APGD, "fab-t", "auto"),  # fgsm: recorded, and of no effect
-    "step_size": ("fgsm", "pgd"),
-    "queries": ("square", "auto"),
-    "start": ("fgsm", "pgd", *APGD),
-    "loss": ("fgsm", "pgd"),
-    "targeted": ("fgsm", "pgd"),
-    "keep": ("pgd",),
-    "last_iterate": ("pgd",),
-    "sprint": ("pgd",),
-}
 
 
 def attack(
@@ -66,7 +51,11 @@ def attack(
     source: Source = "-",
     attack: Annotated[
         str,
-        typer.Option("--attack", metavar="|".join(NAMES), help="auto: apgd-ce, apgd-t, fab-t and square in sequence."),
+        typer.Option(
+            "--attack",
+            metavar="|".join(_attack_spec.NAMES),
+            help="auto: apgd-ce, apgd-t, fab-t and square in sequence.",
+        ),
     ] = "pgd",
     norm: Norm = "l2",
     eps: Annotated[
@@ -120,7 +109,7 @@ def attack(
         str | None,
         typer.Option(
             "--loss",
-            metavar="|".join(LOSSES),
+            metavar="|".join(_attack_spec.LOSSES),
             help="fgsm, pgd: what is raised, cross-entropy (default), margin, or DLR.",
             show_default=False,
         ),
@@ -146,7 +135,7 @@ def attack(
         str | None,
         typer.Option(
             "--keep",
-            metavar="|".join(KEEPS),
+            metavar="|".join(_attack_spec.KEEPS),
             help="pgd: the best iterate of each example (default), that of the highest mean loss over the block, as the paper does, or the last.",
             show_default=False,
         ),
@@ -209,8 +198,8 @@ def attack(
     """
     options = dict(locals())
     _output.refuse_taken(output, no_clobber=no_clobber)
-    _check_options(options)
-    radii = _radii(options)
+    _attack_spec.check(options)
+    radii = _attack_spec.radii(options)
     _output.refuse_same_file(source, output)
     part = _values.shard(shard)
     place = set_up(device, threads)
@@ -238,63 +227,6 @@ def _surrogate(path: str, victim: Model, *, archs: list[str] | None, device: Any
     return model
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuse values that do not exist, and options that do not go together."""
-    _values.choices(
-        options, attack=NAMES, norm=_values.NORMS, loss=LOSSES, until=("broken", "end"), start=("random", "clean"), keep=KEEPS,
-        last_iterate=_values.LAST_ITERATES,
-    )  # fmt: skip
-    for name, takers in TAKES.items():
-        if options[name] not in (None, False) and options["attack"] not in takers:
-            raise Usage(f"--{name.replace('_', '-')} goes with --attack {', '.join(takers)}, not {options['attack']}")
-    if options["surrogate"] is not None and options["until"] == "broken":
-        raise Usage(
-            "--surrogate goes to the end: it is not told when the attacked model breaks; leave out --until broken"
-        )
-    if options["keep"] in ("batch", "last") and options["until"] == "broken":
-        raise Usage(f"--keep {options['keep']} takes all steps; leave out --until broken")
-    if options["sprint"] and (
-        options["until"] == "end" or options["surrogate"] or options["keep"] in ("batch", "last")
-    ):
-        raise Usage(
-            "--sprint leaves out steps of examples that break early; it goes with --until broken and --keep best"
-        )
-    if options["tf32"] and options["attack"] == "fab-t":
-        raise Usage("--tf32 goes with attacks in a ball; the distances of fab-t are those of float32")
-    _values.block(options["block"])
-    if options["target"] is not None and not options["targeted"]:
-        raise Usage("--target goes with --targeted")
-
-
-def _radii(options: dict[str, Any]) -> list[float]:
-    """The radii that are asked for, each once, or the usual one of the norm."""
-    texts = options["eps"] or [{"l2": "0.5", "linf": "8/255"}[options["norm"]]]
-    radii = [_values.number(part, option="--eps") for text in texts for part in text.split(",")]
-    if len(set(radii)) < len(radii):
-        raise Usage("--eps: the same radius twice")
-    return radii
-
-
-def _spec(options: dict[str, Any], eps: float, classes: int) -> Attack:
-    """The attack with its own defaults filled in, and what so few classes make of it."""
-    from rbkit.tools.attack import ATTACKS
-
-    given = ("steps", "queries", "start", "loss", "until", "keep", "last_iterate", "sprint")
-    extra = {name: options[name] for name in given if options[name] is not None}
-    if options["targeted"]:
-        extra["targeted"] = True
-    if options["step_size"] is not None:
-        extra["step_size"] = _values.number(options["step_size"], option="--step-size")
-    if options["attack"] == "fgsm":
-        extra = {name: value for name, value in extra.items() if name not in ("steps", "step_size")}
-    if options["surrogate"] is not None or options["keep"] in ("batch", "last"):
-        extra["until"] = "end"
-    spec = ATTACKS[options["attack"]](
-        norm=options["norm"], eps=eps, seed=options["seed"], restarts=options["restarts"], **extra
-    )  # fmt: skip
-    return spec.settled(classes)
-
-
 def _attack_all(
     options: dict[str, Any], radii: list[float], models: Models, stream: Iterator[Chunk], sink: _output.Sink
 ) -> None:
@@ -314,7 +246,7 @@ def _attack_stream(
 
     victim, surrogate = models
     maker = surrogate or victim
-    spec = _spec(options, eps, victim.classes)
+    spec = _attack_spec.spec(options, eps, victim.classes)
     evaluation = maker.evaluation(options["block"])
     judge = None if surrogate is None else victim.evaluation(options["block"])
     rows = _admitted(checked(stream, victim), spec, quiet=options["quiet"])
@@ -323,7 +255,7 @@ def _attack_stream(
     options = {**options, "refill": refill}
     ahead = _input.ReadAhead(itertools.chain([first], rows))
     inputs = {} if surrogate is None else {"surrogate": side_digest(surrogate.path)}
-    history = _history.entry("rb-attack", _recorded(options, spec), model=victim.sha, inputs=inputs)
+    history = _history.entry("rb-attack", _attack_spec.recorded(options, spec), model=victim.sha, inputs=inputs)
     with Progress("rb-attack", total=None, unit="images", quiet=options["quiet"]) as progress:
         poll = _poll(ahead, evaluation.device, options)
         results = stages.run(evaluation, spec, poll, refill=options["refill"], judge=judge, tf32=bool(options["tf32"]))
@@ -436,13 +368,6 @@ def _columns(chunk: Chunk, result: Attacked) -> dict[str, Any]:
         distance = result.distance.cpu().numpy()
         added["distance"] = np.minimum(distance, chunk.arrays.get("distance", distance)).astype("float32")
     return added
-
-
-def _recorded(options: dict[str, Any], spec: Attack) -> dict[str, Any]:
-    """The options with their defaults filled in, as the history keeps them: those that this attack takes."""
-    filled = {"eps": spec.eps, "until": spec.until, "surrogate": None}
-    taken = [name for name, takers in TAKES.items() if spec.name in takers]
-    return {**options, **{name: getattr(spec, name) for name in taken}, **filled}
 
 
 def _meta(chunk: Chunk, spec: Attack, models: Models, history: dict[str, Any]) -> dict[str, Any]:

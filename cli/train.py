@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _checkpoint, _examples, _history, _input, _output, _ranks, _values
+from rbkit.cli import _checkpoint, _examples, _history, _input, _output, _ranks, _train_recipe
 from rbkit.cli._app import program
 from rbkit.cli._compute import load_model, set_up
 from rbkit.cli._errors import Input, Numbers, Output, Stopped, Usage, blame
@@ -40,11 +40,6 @@ if TYPE_CHECKING:
     from rbkit.tools.recipe import Recipe
     from rbkit.tools.train import State
 
-METHODS = ("standard", "pgd", "fgsm", "trades", "noise", "gradient-penalty")
-ROBUST = ("pgd", "fgsm", "trades")  # = tools.recipe.ROBUST, which would cost torch to import here
-SCHEDULES = ("onecycle", "cosine", "constant")
-AUGMENTS = ("crop-flip", "crop", "flip", "resized", "none")
-SELECTS = ("mean", "clean", "robust", "last")
 # What the processes after the first leave to it: files, and words.
 FOLLOWING = {"output": "-", "last": None, "log": None, "init": None, "resume": False, "quiet": True}
 
@@ -63,7 +58,7 @@ def train(
         str | None,
         typer.Option(
             "--method",
-            metavar="|".join(METHODS),
+            metavar="|".join(_train_recipe.METHODS),
             help="Default pgd where --eps is given, else standard.",
             show_default=False,
         ),
@@ -161,7 +156,7 @@ def train(
         typer.Option("--clip-value", metavar="X", min=0, help="Bound of each entry of the weights' gradient; 0: none."),
     ] = 0.0,
     schedule: Annotated[
-        str, typer.Option("--schedule", metavar="|".join(SCHEDULES), help="onecycle and cosine end at 0.")
+        str, typer.Option("--schedule", metavar="|".join(_train_recipe.SCHEDULES), help="onecycle and cosine end at 0.")
     ] = "onecycle",
     schedule_epochs: Annotated[
         int | None,
@@ -181,7 +176,7 @@ def train(
         str,
         typer.Option(
             "--augment",
-            metavar="|".join(AUGMENTS),
+            metavar="|".join(_train_recipe.AUGMENTS),
             help="Random crop with padding 4, mirroring, or both; resized: a random part at full size, mirrored and turned.",
         ),
     ] = "crop-flip",
@@ -204,7 +199,7 @@ def train(
         str,
         typer.Option(
             "--select",
-            metavar="|".join(SELECTS),
+            metavar="|".join(_train_recipe.SELECTS),
             help="Which epoch -o gets, by validation: mean of clean and robust, ...",
         ),
     ] = "mean",
@@ -248,7 +243,7 @@ def train(
     options = dict(locals())
     with _ranks.told_once(Usage):
         _ranks.check_launch()
-        recipe, every = _recipe(options), pace(checkpoint_every)
+        recipe, every = _train_recipe.recipe(options), pace(checkpoint_every)
         _output.refuse_same_file(source, output)
     with _ranks.told_once(Numbers, Stopped), _ranks.joined() as ranks:
         followers = options if ranks.index == 0 else options | FOLLOWING
@@ -274,58 +269,6 @@ def _train(options: dict[str, Any], recipe: Recipe, every: tuple[int, float], ra
     _run(options, state, training, held_out, recipe, Watch(job, every=every, ranks=ranks))
     if ranks.index == 0:
         _write(options, recipe, state, meta, data, job)
-
-
-def _recipe(options: dict[str, Any]) -> Recipe:
-    from rbkit.tools.recipe import Recipe
-
-    _values.choices(
-        options, schedule=SCHEDULES, augment=AUGMENTS, select=SELECTS, norm=_values.NORMS, optimizer=("sgd", "adam"),
-        attack_bn=("eval", "train"), attack_start=("random", "clean"), attack_keep=("last", "batch"),
-        last_iterate=_values.LAST_ITERATES,
-    )  # fmt: skip
-    if options["last_iterate"] == "unjudged" and options["attack_keep"] != "batch":
-        raise Usage("--last-iterate unjudged goes with --attack-keep batch; the last iterate alone is never judged")
-    if options["schedule_epochs"] is not None and options["schedule_epochs"] < options["epochs"]:
-        raise Usage(
-            f"--schedule-epochs {options['schedule_epochs']}: shorter than the {options['epochs']} epochs of training"
-        )
-    radius = _values.number(options["eps"], option="--eps")
-    method = _method(options, radius)
-    sigma = 0.0 if options["sigma"] is None else _values.number(options["sigma"], option="--sigma")
-    steps = 1 if method == "fgsm" else options["steps"]
-    default = 1.25 * radius if method == "fgsm" else 2.5 * radius / steps
-    size = default if options["step_size"] is None else _values.number(options["step_size"], option="--step-size")
-    names = Recipe.__dataclass_fields__
-    plain = {name: options[name] for name in names if name in options}
-    own = {"method": method, "eps": radius, "steps": steps if radius else 0, "step_size": size, "sigma": sigma}
-    return Recipe(**{**plain, **own, "micro": _micro(options["micro"], options["batch"])})
-
-
-def _method(options: dict[str, Any], radius: float) -> str:
-    """The method of training, where it and the radius and noise that are asked for fit one another."""
-    method = str(options["method"] or ("pgd" if radius else "standard"))
-    _values.choice(method, METHODS, option="--method")
-    if (method in ROBUST) != (radius > 0):
-        raise Usage(
-            f"--method {method} with --eps {options['eps']}: {', '.join(ROBUST)} need a radius, others have none"
-        )
-    if method == "gradient-penalty" and options["smoothing"] is not None:
-        raise Usage("--smoothing goes with the other methods: gradient-penalty is of the loss of the plain labels")
-    if (method == "noise") != (options["sigma"] is not None):
-        raise Usage("--method noise and --sigma X go together")
-    return method
-
-
-def _micro(micro: int | None, batch: int) -> int | None:
-    """Rows of a micro-batch; None where that is the batch, as it is then recorded nowhere."""
-    size, processes = micro or batch, _ranks.count()
-    if batch % size:
-        raise Usage(f"--micro {size} does not divide --batch {batch}")
-    if processes > batch // size:
-        idle = f"--micro {size} leaves work for {batch // size} of {processes} processes in a step of {batch}"
-        raise Usage(f"{idle}; try --micro {batch // processes} or less, or fewer processes")
-    return None if size == batch else size
 
 
 def _check_outputs(options: dict[str, Any]) -> None:

@@ -36,6 +36,10 @@ def test_closed_output() -> None:
     refused(shell("rb-data shapes --n 5 >&-"), 4)
 
 
+def test_closed_input() -> None:
+    refused(shell("rb-info <&-"), 3, "closed", "pipe a stream in")
+
+
 def test_binary_never_goes_to_a_terminal() -> None:
     parent, child = pty.openpty()
     done = subprocess.run(

@@ -51,6 +51,24 @@ def test_the_graph_stands_without_data(data: str, scale: str, tmp_path: Path) ->
         }
 
 
+def test_more_options_of_training_and_attacks_go_through(tmp_path: Path) -> None:
+    """The study and the link take them, and remake what they change; nothing else is remade."""
+    words = (f"OUT={tmp_path}", "LINK_SEEDS=0", "CONTROLS=")
+    for target in ("study", "link"):
+        plain = make(target, *words, file="Makefile").stdout
+        more = make(target, *words, "TRAIN_ARGS=--smoothing 0.1", "ATTACK_ARGS=--sprint 2", file="Makefile").stdout
+        trained = [line for line in more.splitlines() if "rb-train " in line and "/control/" not in line]
+        attacked = [line for line in more.splitlines() if "rb-attack " in line]
+        assert trained and all(" --smoothing 0.1 " in line for line in trained)
+        assert attacked and all(" --sprint 2 " in line for line in attacked)
+        assert more.replace(" --smoothing 0.1", "").replace(" --sprint 2", "").split() == plain.split()
+    for knob, values in {"train": ("", "--ema 0.9"), "attack": ("", "--sprint 2")}.items():
+        stamp = f"{tmp_path}/shapes/.knobs/{knob}"
+        for value in values:
+            make(stamp, *words, f"{knob.upper()}_ARGS={value}", file="Makefile", dry=False)
+            assert Path(stamp).read_text().rstrip("\n").endswith(value or ("crop" if knob == "train" else " 1"))
+
+
 def test_the_makefile_leads_to_it() -> None:
     """DATA is cifar10 unless it is said; knobs go through."""
     found = make("paper", "SCALE=cpu", "EPS=0.25", file="Makefile")

@@ -10,7 +10,7 @@ import pytest
 from conftest import execute, shell
 from safetensors import numpy as st
 
-from rbkit.cli import attack
+from rbkit.cli import _attack_spec, attack
 from rbkit.cli._compute import Model
 from rbkit.cli._errors import Input
 from rbkit.cli._history import recorded
@@ -72,7 +72,7 @@ def test_a_replayed_run_gives_the_same_bytes(tmp_path: Path, model_file: Path, w
     assert (tmp_path / "again.safetensors").read_bytes() == whole.read_bytes(), line
 
 
-@pytest.mark.parametrize("name", attack.NAMES)
+@pytest.mark.parametrize("name", _attack_spec.NAMES)
 def test_every_attack_takes_the_options_that_its_history_records(name: str) -> None:
     """A replay gives them all on the command line: none may be refused, and they lead to the same attack."""
     given = dict.fromkeys(
@@ -93,13 +93,13 @@ def test_every_attack_takes_the_options_that_its_history_records(name: str) -> N
         )
     )
     given |= {"attack": name, "norm": "linf", "seed": 4, "restarts": 2, "targeted": False, "block": 64}
-    spec = attack._spec(given, 0.03, 8)
-    kept = recorded(attack._recorded(given, spec))
+    spec = _attack_spec.spec(given, 0.03, 8)
+    kept = recorded(_attack_spec.recorded(given, spec))
     again = (
         given | kept | {"eps": [str(kept["eps"])], "step_size": str(kept["step_size"]) if "step_size" in kept else None}
     )
-    attack._check_options(again)
-    assert attack._radii(again) == [0.03] and attack._spec(again, 0.03, 8) == spec
+    _attack_spec.check(again)
+    assert _attack_spec.radii(again) == [0.03] and _attack_spec.spec(again, 0.03, 8) == spec
     assert ("queries" in kept) == (name in ("square", "auto")) and ("loss" in kept) == (name in ("fgsm", "pgd"))
 
 

@@ -118,10 +118,11 @@ class Flow:
         count = len(self.owner)
         if self.widths is None or not self.ended or any(e.waiting for e in self.entries):
             return
-        self.padded += (slots.block - count) / self.block
+        room = slots.room(count)
+        self.padded += (slots.block - room) / self.block
         if self.padded < PATIENCE:
             return
-        self.padded, width = 0.0, self.widths(max(count, slots.LEAST), slots.clean)
+        self.padded, width = 0.0, self.widths(room, slots.clean)
         if width < slots.block:
             idle = [s for s in range(slots.block) if s not in self.owner]
             kept = (sorted(self.owner) + idle)[:width]

@@ -86,7 +86,6 @@ class Slots(ABC):
     """
 
     STATE: tuple[str, ...] = ("ids", "clean", "now", "step", "restart", "active")
-    LEAST = 1  # rows of a block below which a narrower one is no gain
 
     def __init__(self, objective: Objective, like: Batch, *, block: int) -> None:
         device = like.clean.device
@@ -129,6 +128,10 @@ class Slots(ABC):
             setattr(self.best, name, getattr(self.best, name)[slots])
         self.context = {key: values[slots] for key, values in self.context.items()}
         self.block = len(slots)
+
+    def room(self, count: int) -> int:
+        """Rows of a block, no more than there are, of which so many examples make use."""
+        return count
 
     @property
     def rounds(self) -> int:

@@ -23,6 +23,8 @@ from rbkit.tools.tries import Tries
 
 SHARE = 0.8  # of the pixels that the first patches cover, p of section 3.2
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000 after which the share is halved
+AHEAD = 4  # queries of an example in a block: more of them are often in vain, fewer leave the block too narrow
+FEW = 16  # rows hardly take longer than fewer
 TILES = 5  # per side, of the first perturbation in L2 (section 3.4)
 
 
@@ -77,7 +79,6 @@ class SquareSlots(Slots):
     """
 
     STATE = (*Slots.STATE, "top", "top_value")
-    LEAST = 16  # rows hardly take longer than fewer
 
     def __init__(self, objective: Objective, plan: Square, like: Batch, *, block: int) -> None:
         super().__init__(objective, like, block=block)
@@ -104,6 +105,10 @@ class SquareSlots(Slots):
         self.now[slots] = (self.clean[slots] + self.first(slots)).clamp(0, 1)
         self.top_value[slots] = float("-inf")
         self.tries = None
+
+    def room(self, count: int) -> int:
+        """Several queries of each example are computed at once, where they fit."""
+        return min(max(count * min(self.block // count, AHEAD), FEW), self.block)
 
     def take(self, slots: Tensor) -> None:
         """Go on with these slots alone."""

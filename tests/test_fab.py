@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from toys import C, H, K, N, W, convnet, evaluation, generator, images, linear, weights_of
@@ -103,6 +105,42 @@ def test_distance_of_a_linear_model_is_the_closed_form(norm, classes):
         w = weights_of(model).double()
         dual = float((w[0] - w[1]).norm() if norm == "l2" else (w[0] - w[1]).abs().sum())
         assert (exact >= -torch.tensor(free, dtype=torch.float64) / dual - 1e-9).all()
+
+
+def nearest_by_a_plain_loop(model, x, label, target, norm, steps):
+    """Equation (9) and algorithm 1 of the paper for one image and one target in float64, where argmax alone decides."""
+    size = NORMS[norm].size
+    now, nearest = x.clone(), float("inf")
+    for _ in range(steps):
+        at = now.clone().requires_grad_()
+        logits = model(at)[0]
+        gap = logits[target] - logits[label]
+        (normal,) = torch.autograd.grad(gap, at)
+        value, along = gap.detach()[None], (normal * (now - x)).sum()
+        near, far = (project(p, normal, o, norm=norm) for p, o in ((now, -value), (x, along - value)))
+        sizes = [float(size(d)) for d in (near, far)]
+        share = min(sizes[0] / max(sum(sizes), 1e-16), 0.1)
+        now = ((now + 1.05 * near) * (1 - share) + (x + 1.05 * far) * share).clamp(0, 1)
+        if int(model(now).argmax(1)) != label:
+            nearest = min(nearest, float(size(now - x)))
+            now = x + 0.9 * (now - x)
+    return nearest
+
+
+@BOTH
+def test_no_search_stays_at_the_boundary(norm):
+    """Each image is as near as by a loop in float64: from every point on the boundary the search goes on."""
+    model, x = convnet(), images(12)
+    label = evaluation(model).logits(x).argmax(1)
+    order = evaluation(model).logits(x).argsort(1, descending=True)
+    found = attacked(model, attack.fab_t(norm=norm, eps=0.01, steps=40, targets=2), x, label, ids=torch.arange(12))
+    double = copy.deepcopy(model).double()
+    for row in range(12):
+        image = x[row : row + 1].double()
+        plain = [
+            nearest_by_a_plain_loop(double, image, int(label[row]), int(target), norm, 40) for target in order[row, 1:3]
+        ]
+        assert float(found.distance[row]) <= 1.01 * min(plain), row
 
 
 @BOTH

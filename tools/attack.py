@@ -14,7 +14,16 @@ from torch import Tensor
 from rbkit.tools.apgd import Apgd
 from rbkit.tools.ascend import Plan, counted
 from rbkit.tools.fab import Fab
-from rbkit.tools.losses import AIMED, LOSSES, clearly_above, fitting_loss, is_broken, margin
+from rbkit.tools.losses import (
+    AIMED,
+    LOSSES,
+    clearly_above,
+    fitting_loss,
+    is_broken,
+    margin,
+    targeted_margin,
+    tie,
+)
 from rbkit.tools.norms import NORMS, Norm
 from rbkit.tools.slots import Ascent, Context, Objective, Start
 from rbkit.tools.square import Square
@@ -91,6 +100,8 @@ class Attack:
 
     def goal(self, model: Callable[[Tensor], Tensor]) -> Objective:
         """What it maximises on a model, images (N, C, H, W) to logits (N, K)."""
+        if self.name == "fab-t":
+            return boundary_objective(model)
         if self.targets is not None:
             return aimed_objective(model, self.loss or "margin")
         if self.name == "apgd-dlr":
@@ -206,5 +217,21 @@ def aimed_objective(model: Callable[[Tensor], Tensor], loss: str) -> Objective:
         logits, label = model(images), context["label"]
         chosen = AIMED[fitting_loss(loss, logits.shape[1], aimed=True)]
         return chosen(logits, label, context["target"]), is_broken(logits.detach(), label)
+
+    return measure
+
+
+def boundary_objective(model: Callable[[Tensor], Tensor]) -> Objective:
+    """How far `context["target"]` is ahead of `context["label"]`, less the difference that makes it clearly so; reached as
+    soon as the label is clearly no longer predicted.
+
+    A search for its zero ends where a point is about to count as broken. At the zero of the plain difference it would stay
+    for good: no point near there counts, and only from one that does is there a way back towards the clean image.
+    """
+
+    def measure(images: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        logits, label = model(images), context["label"]
+        found = logits.detach()
+        return targeted_margin(logits, label, context["target"]) - tie(found), is_broken(found, label)
 
     return measure

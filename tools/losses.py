@@ -57,9 +57,14 @@ AIMED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"margin": target
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
+def tie(logits: Tensor) -> Tensor:
+    """The logit difference up to which two classes count as equal, (N,)."""
+    return TIE * (logits.amax(1) - logits.amin(1))
+
+
 def clearly_above(difference: Tensor, logits: Tensor) -> Tensor:
     """Whether a logit difference exceeds the tie margin, bool (N,)."""
-    return difference > TIE * (logits.amax(1) - logits.amin(1))
+    return difference > tie(logits)
 
 
 def is_broken(logits: Tensor, labels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +39,6 @@ from rbkit.cli._rows import checked
 if TYPE_CHECKING:
     from rbkit.formats.chunk import Chunk
     from rbkit.tools.attack import Attack
-    from rbkit.tools.models import Evaluation
     from rbkit.tools.slots import Batch
     from rbkit.tools.stages import Attacked
 
@@ -231,33 +230,30 @@ def _attack_all(
     options: dict[str, Any], radii: list[float], models: Models, stream: Iterator[Chunk], sink: _output.Sink
 ) -> None:
     """One pass per radius; several radii need the rows again, so these are held."""
-    if len(radii) == 1:
-        _attack_stream(options, radii[0], models, stream, sink)
-        return
-    held = list(stream)
-    for eps in radii:
-        _attack_stream(options, eps, models, iter(held), sink)
+    victim, surrogate = models
+    specs = [_attack_spec.spec(options, eps, victim.classes) for eps in radii]
+    rows = _labels_missed(checked(stream, victim), quiet=options["quiet"])
+    first = next(rows)
+    options = {**options, "refill": _refills(surrogate or victim, first, options)}
+    chunks: Iterable[Chunk] = itertools.chain([first], rows)
+    if len(specs) > 1:
+        chunks = list(chunks)
+    for spec in specs:
+        _attack_stream(options, spec, models, chunks, sink)
 
 
 def _attack_stream(
-    options: dict[str, Any], eps: float, models: Models, stream: Iterator[Chunk], sink: _output.Sink
+    options: dict[str, Any], spec: Attack, models: Models, chunks: Iterable[Chunk], sink: _output.Sink
 ) -> None:
     from rbkit.tools import stages
 
     victim, surrogate = models
-    maker = surrogate or victim
-    spec = _attack_spec.spec(options, eps, victim.classes)
-    evaluation = maker.evaluation(options["block"])
+    evaluation = (surrogate or victim).evaluation(options["block"])
     judge = None if surrogate is None else victim.evaluation(options["block"])
-    rows = _admitted(checked(stream, victim), spec, quiet=options["quiet"])
-    first = next(rows)
-    refill = spec.keep != "batch" and options["refill"] and not _slots_matter(maker, evaluation, first, options)
-    options = {**options, "refill": refill}
-    ahead = _input.ReadAhead(itertools.chain([first], rows))
     inputs = {} if surrogate is None else {"surrogate": side_digest(surrogate.path)}
     history = _history.entry("rb-attack", _attack_spec.recorded(options, spec), model=victim.sha, inputs=inputs)
     with Progress("rb-attack", total=None, unit="images", quiet=options["quiet"]) as progress:
-        poll = _poll(ahead, evaluation.device, options)
+        poll = _poll(_input.ReadAhead(_admitted(chunks, spec)), evaluation.device, options)
         results = stages.run(evaluation, spec, poll, refill=options["refill"], judge=judge, tf32=bool(options["tf32"]))
         for chunk, result in results:
             _check_ball(chunk, result, spec)
@@ -267,18 +263,29 @@ def _attack_stream(
             progress.advance(chunk.count)
 
 
-def _admitted(stream: Iterator[Chunk], spec: Attack, *, quiet: bool) -> Iterator[Chunk]:
-    """The chunks that this attack may add to; says once where labels are missing."""
+def _labels_missed(stream: Iterator[Chunk], *, quiet: bool) -> Iterator[Chunk]:
+    """The chunks; says once where labels are missing."""
     said = quiet
     for chunk in stream:
-        _check_earlier(chunk, spec)
         if "label" not in chunk.arrays and not said:
             said = True
             note("rb-attack", f"{chunk.place}: no labels; the model's own predictions stand in")
         yield chunk
 
 
-def _slots_matter(victim: Model, evaluation: Evaluation, first: Chunk, options: dict[str, Any]) -> bool:
+def _admitted(chunks: Iterable[Chunk], spec: Attack) -> Iterator[Chunk]:
+    """The chunks that this attack may add to."""
+    for chunk in chunks:
+        _check_earlier(chunk, spec)
+        yield chunk
+
+
+def _refills(maker: Model, first: Chunk, options: dict[str, Any]) -> bool:
+    """Whether the slot of a broken example goes to the next one: not where all are judged together, or slots matter."""
+    return options["keep"] != "batch" and options["refill"] and not _slots_matter(maker, first, options)
+
+
+def _slots_matter(maker: Model, first: Chunk, options: dict[str, Any]) -> bool:
     """Try once whether rows of somebody's architecture depend on their slot; rbkit's own were tested not to."""
     import torch
 
@@ -286,12 +293,13 @@ def _slots_matter(victim: Model, evaluation: Evaluation, first: Chunk, options: 
     from rbkit.tools.examples import as_float
     from rbkit.tools.sameness import slots_matter
 
-    if victim.meta["arch"] in OWN or not options["refill"] or not first.count:
+    if maker.meta["arch"] in OWN or not first.count:
         return False
+    evaluation = maker.evaluation(options["block"])
     images = as_float(to_tensor(first.arrays["image"][: evaluation.block], evaluation.device))
     found = slots_matter(evaluation, images, torch.zeros(len(images), dtype=torch.int64, device=images.device))
     if found and not options["quiet"]:
-        note("rb-attack", f"{victim.path}: a row's numbers depend on its place in the block; going on with --no-refill")
+        note("rb-attack", f"{maker.path}: a row's numbers depend on its place in the block; going on with --no-refill")
     return found
 
 

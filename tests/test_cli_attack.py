@@ -35,6 +35,16 @@ def test_radii_and_a_second_attack(tmp_path: Path, stream_file: Path, model_file
     assert execute("rb-attack", one, *common[1:], "--eps", "0.5", "-o", again).status == 2
 
 
+def test_what_is_said_of_the_input_is_said_once_for_all_radii(
+    tmp_path: Path, stream_file: Path, model_file: Path
+) -> None:
+    bare = tmp_path / "bare.safetensors"
+    st.save_file({"image": st.load_file(stream_file)["image"][:3]}, bare)
+    radii = ("--eps", "0.25,0.5", "-o", tmp_path / "many.rbs")
+    done = execute("rb-attack", bare, "-m", model_file, "--steps", 1, *radii)
+    assert done.status == 0 and done.err.count("no labels") == 1
+
+
 def test_a_sprint_is_two_attacks_in_a_pipe(tmp_path: Path, stream_file: Path, model_file: Path) -> None:
     common = ("-m", model_file, "--eps", "0.25", "-q", "-o")
     one, first, two = (tmp_path / f"{name}.safetensors" for name in ("one", "first", "two"))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rbkit.cli import _input
 from rbkit.cli._errors import Input, blame
+from rbkit.cli._rows import size_of
 from rbkit.formats.errors import FormatError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _read(source: str, max_document: int) -> tuple[dict[str, np.ndarray], dict[s
         with blame(Input, FormatError):
             chunk = checker(chunk)
         if "label" not in chunk.arrays:
-            raise Input(f"{chunk.place}: no labels; training needs them")
+            raise Input(f"{chunk.place}: no labels, which training needs; try rb-data folder, or rb-data --label")
         meta = meta or chunk.meta
         parts.append({name: chunk.arrays[name] for name in COLUMNS})
     joined = {name: np.concatenate([p[name] for p in parts]) for name in COLUMNS}
@@ -69,7 +70,8 @@ def hold_out(options: dict[str, Any], data: Data, device: torch.device, ranks: R
     if not is_share(options["val"]):
         held, _ = read(options["val"], options["max_document"], device, ranks)
         if held.image.shape[1:] != data.image.shape[1:]:
-            raise Input(f"{options['val']}: images of another size than the training rows")
+            got, want = (size_of(rows.image.shape[1:]) for rows in (held, data))
+            raise Input(f"{options['val']}: images of {got}, those to train on are {want}; try rb-data --size")
         return data, held
     share = float(options["val"])
     chosen = torch.from_numpy(
@@ -85,5 +87,5 @@ def class_count(data: Data, meta: dict[str, Any]) -> int:
     found = int(data.label.max()) + 1
     names = meta.get("classes")
     if names is not None and found > len(names):
-        raise Input(f"label {found - 1} with {len(names)} class names")
+        raise Input(f"labels go up to {found - 1}, but the stream names {len(names)} classes (0 to {len(names) - 1})")
     return len(names) if names is not None else max(found, 2)

@@ -17,12 +17,19 @@ if TYPE_CHECKING:
     from rbkit.formats.chunk import Chunk
 
 
+def size_of(shape: Sequence[int]) -> str:
+    """The shape of an image as messages show it."""
+    return "x".join(map(str, shape))
+
+
 def check_input(model: Model, shape: Sequence[int], *, place: str) -> None:
     """Refuse images that the model does not take; nothing is resized or repeated in silence."""
     expected = model.meta.get("input")
     if expected is not None and list(shape) != list(expected):
-        want, got = ("x".join(map(str, s)) for s in (expected, shape))
-        raise Input(f"{place}: the model expects images of {want}, got {got}; try rb-data --size, --grey or --rgb")
+        raise Input(
+            f"{place}: the model expects images of {size_of(expected)}, got {size_of(shape)}; "
+            "try rb-data --size, --grey or --rgb"
+        )
 
 
 def checked(stream: Iterable[Chunk], model: Model | None) -> Iterator[Chunk]:

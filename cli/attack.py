@@ -34,7 +34,7 @@ from rbkit.cli._options import (
     Threads,
 )
 from rbkit.cli._progress import Progress
-from rbkit.cli._rows import checked
+from rbkit.cli._rows import checked, size_of
 
 if TYPE_CHECKING:
     from rbkit.formats.chunk import Chunk
@@ -219,10 +219,10 @@ def _surrogate(path: str, victim: Model, *, archs: list[str] | None, device: Any
     """The model that images are made on. Raises: Input where its classes or its input are not the victim's."""
     model = load_model(path, archs=archs, device=device)
     if model.classes != victim.classes:
-        raise Input(f"{path}: a model of {model.classes} classes, the attacked one has {victim.classes}")
-    sizes = (model.meta.get("input"), victim.meta.get("input"))
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise Input(f"{path}: takes images of {sizes[0]}, the attacked model of {sizes[1]}")
+        raise Input(f"{path}: a model of {model.classes} classes, expected {victim.classes} as the attacked one")
+    takes, expected = model.meta.get("input"), victim.meta.get("input")
+    if takes is not None and expected is not None and takes != expected:
+        raise Input(f"{path}: takes images of {size_of(takes)}, expected {size_of(expected)} as the attacked model")
     return model
 
 

@@ -232,7 +232,9 @@ class _Side:
 
             images, _, labels = load_images(options["seeds_from"], subject, device, max_document=limit)
             if labels is None:
-                raise Input(f"{options['seeds_from']}: no labels; class seeds need them")
+                raise Input(
+                    f"{options['seeds_from']}: no labels, which class seeds need; try rb-data folder, or rb-data --label"
+                )
             with blame(Input, ValueError, prefix=f"{options['seeds_from']}: "):
                 self.gaussians = fit_seeds(images, labels, subject.classes)
 

@@ -152,7 +152,8 @@ def _read_weights(source: str) -> dict[str, Any]:
                 raise
             except Exception as error:
                 raise Input(
-                    f"{name}: refused: holds more than tensors, or is damaged ({type(error).__name__})"
+                    f"{name}: refused: holds more than tensors, or is damaged ({type(error).__name__}); where you trust "
+                    "it, keep its state alone by torch.save(model.state_dict(), FILE)"
                 ) from None
     from rbkit.formats.reader import Reader
 

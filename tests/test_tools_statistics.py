@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import reference
@@ -11,6 +13,7 @@ from scipy import stats
 
 from rbkit.tools.pool import Pools
 from rbkit.tools.statistics import (
+    CHUNK,
     bootstrap_means,
     bootstrap_median,
     finite_or_none,
@@ -255,6 +258,20 @@ def test_a_median_may_be_of_infinite_values():
     assert bootstrap_median(ids[:0], values[:0]).n == 0 and bootstrap_median(ids[3:4], values[3:4]).value is None
 
 
+def test_the_interval_of_a_median_is_that_of_all_weights_at_once():
+    """Rows of several parts, the median between two of them, against each draw's values repeated by its weights."""
+    n = 3 * CHUNK + 7
+    values = torch.rand(n, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    ids = torch.arange(n).flip(0)
+    medians = []
+    for weights in poisson_weights(ids, 50).T.long():
+        drawn = values.repeat_interleave(weights).sort().values
+        medians.append(float(drawn[(len(drawn) - 1) // 2]))
+    medians.sort()
+    found = bootstrap_median(ids, values, draws=50, confidence=0.9)
+    assert (found.low, found.high) == (medians[2], medians[47])
+
+
 def test_interval_of_a_median_covers_it():
     """95 % of the intervals of 300 samples of 61 exponential numbers hold ln 2."""
     hits = 0
@@ -274,3 +291,26 @@ def test_a_pool_of_distances_is_told_by_its_median():
     (record,) = pools.records()
     assert (record["metric"], record["value"], record["n"]) == ("minimal_distance", pytest.approx(0.4), 5)
     assert record["statistic"] == "median" and record["low"] == 0.0 and record["high"] is None
+
+
+GROWTH = """
+import resource, torch
+from rbkit.cli._compute import keep_freed_memory
+from rbkit.tools.pool import Pool
+
+keep_freed_memory()
+pool, peaks = Pool({}), []
+for part in range(40):
+    document = torch.zeros(512, 4100, dtype=torch.int64)  # 16 MiB, of which the ids are a view
+    document[:, 0] = torch.arange(512) + 512 * part
+    blocks = [torch.ones(2**20 + n) for n in range(3)]
+    pool.add(document[:, 0], {f"metric {k}": torch.zeros(512) for k in range(8)}, origin="a", total=None, first=0)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(peaks[-1] - peaks[4])
+"""
+
+
+def test_a_pool_grows_by_its_values_alone():
+    """Neither whole documents nor the holes between small pieces stay: 20,000 rows of 9 numbers are 1.5 MiB."""
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 150

@@ -99,13 +99,28 @@ def bootstrap_median(ids: Tensor, values: Tensor, *, draws: int = DRAWS, confide
     value = finite_or_none(float((values[(n - 1) // 2] + values[n // 2]) / 2))
     if n < 2:
         return Interval(value, None, None, n)
-    weights = torch.cat([poisson_weights(part, draws).to(torch.int32) for part in ids.split(CHUNK)])
-    sums = weights.cumsum(0)
-    middle = (2 * sums >= sums[-1:]).to(torch.uint8).argmax(0)[sums[-1] > 0]
     tail = (1 - confidence) / 2
-    ranked = values[middle].sort().values
+    ranked = values[_middle(ids, draws)].sort().values
     low, high = (ranked[min(int(share * len(ranked)), len(ranked) - 1)] for share in (tail, 1 - tail))
     return Interval(value, finite_or_none(float(low)), finite_or_none(float(high)), n)
+
+
+def _middle(ids: Tensor, draws: int) -> Tensor:
+    """Of each bootstrap draw with any weight the row at which half of the weight is reached, int64 (draws or fewer,).
+
+    Only the parts in which a middle lies are drawn again, so that weights of all rows are never held at once.
+    """
+    parts = ids.split(CHUNK)
+    weight = torch.stack([poisson_weights(part, draws).sum(0) for part in parts])
+    reached = weight.cumsum(0)
+    total = reached[-1]
+    home = (2 * reached >= total).to(torch.uint8).argmax(0)
+    middle = torch.empty(draws, dtype=torch.int64)
+    for number in home.unique().tolist():
+        here = home == number
+        inside = reached[number] - weight[number] + poisson_weights(parts[number], draws).cumsum(0)
+        middle[here] = number * CHUNK + (2 * inside >= total).to(torch.uint8).argmax(0)[here]
+    return middle[total > 0]
 
 
 def z_score(value: float, reference: float, spread: float) -> float | None:

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Passes, counted, line, processor, silence, use_threads, versions
+from harness import Passes, counted, line, processor, silence, start, versions
+from peers import Peers
 from torch import Tensor
 
 from rbkit.cli import _input
@@ -72,7 +73,8 @@ def reference(folder: Path | None) -> ModuleType:
     """The package of the reference. Raises: ImportError where there is none."""
     if folder is None:
         return importlib.import_module("pyautoattack")
-    sys.path.insert(0, str(folder))
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     return importlib.import_module("autoattack")
 
 
@@ -113,9 +115,9 @@ def ours(case: Case, spec: Attack) -> Run:
     return Run(found.outcome.images, found.success, **spent, distance=found.distance)
 
 
-def set_up(case: Case, package: ModuleType) -> Any:
+def set_up(case: Case, folder: Path | None) -> Any:
     """The standard protocol of the reference for a case."""
-    norm = REFERENCE_NORM[case.norm]
+    package, norm = reference(folder), REFERENCE_NORM[case.norm]
     with silence():
         attack = package.AutoAttack(case.model, norm=norm, eps=case.eps, seed=0, version="standard", device="cpu")
     attack.verbose = False
@@ -125,9 +127,9 @@ def set_up(case: Case, package: ModuleType) -> Any:
     return attack
 
 
-def theirs(case: Case, package: ModuleType) -> Run:
+def theirs(case: Case, folder: Path | None) -> Run:
     """The standard protocol of the reference, on the model as it was trained."""
-    attack = set_up(case, package)
+    attack = set_up(case, folder)
     with timed(case.model) as taken:
         found = attack.run_standard_evaluation(case.images, case.labels)
         spent = taken()
@@ -136,9 +138,9 @@ def theirs(case: Case, package: ModuleType) -> Run:
         return Run(images, case.model(images).argmax(1) != case.labels, **spent)
 
 
-def their_fab(case: Case, package: ModuleType) -> Run:
+def their_fab(case: Case, folder: Path | None) -> Run:
     """The reference's FAB towards each target, whatever the distance: as a whole it stops at the first point in the ball."""
-    attack = set_up(case, package).fab
+    attack = set_up(case, folder).fab
     distance, nearest = torch.full((len(case.labels),), torch.inf), case.images.clone()
     with timed(case.model) as taken:
         for target in range(2, case.targets + 2):
@@ -159,11 +161,11 @@ def above(case: Case, found: Run) -> int:
     return int(((size > case.eps + ABOVE) | outside).sum())
 
 
-def protocol(case: Case, package: ModuleType) -> str:
+def protocol(case: Case, folder: Path | None, peers: Peers) -> str:
     """A line of the table of the standard protocol."""
     with torch.no_grad():
         clean = (case.model(case.images).argmax(1) == case.labels).double().mean()
-    peer = theirs(case, package)
+    peer: Run = peers.call(theirs, case, folder)
     mine = ours(case, auto(norm=case.norm, eps=case.eps, steps=case.steps, queries=case.queries, targets=case.targets))
     runs = (peer, mine)
     cells = [case.name, f"{case.norm} {case.eps:.4g}", str(len(case.labels)), f"{clean:.3f}"]
@@ -174,9 +176,9 @@ def protocol(case: Case, package: ModuleType) -> str:
     return line([*cells, *(str(above(case, found)) for found in runs)])
 
 
-def distances(case: Case, package: ModuleType) -> str:
+def distances(case: Case, folder: Path | None, peers: Peers) -> str:
     """A line of the table of minimal distances: medians over images that are right at first and that both broke."""
-    peer = their_fab(case, package)
+    peer: Run = peers.call(their_fab, case, folder)
     mine = ours(case, fab_t(norm=case.norm, eps=case.eps, steps=case.steps, targets=case.targets))
     assert peer.distance is not None and mine.distance is not None
     both = peer.distance.isfinite() & mine.distance.isfinite() & (peer.distance > 0) & (mine.distance > 0)
@@ -213,13 +215,17 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="folder of the reference's code; default: pyautoattack")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/AUTOATTACK.md"))
     given = parser.parse_args()
-    use_threads()
-    package = reference(given.reference)
-    effort = {"steps": given.steps, "queries": given.queries}
+    with start() as peers:
+        compare(given, peers)
+
+
+def compare(given: argparse.Namespace, peers: Peers) -> None:
+    """The tables of all cases."""
+    package, effort = reference(given.reference), {"steps": given.steps, "queries": given.queries}
     lines = [
         "# `--attack auto` against AutoAttack\n",
-        f"Written by `make bench-autoattack`. {processor()}; {versions()}; reference: {package.__name__}. Both in process, one run",
-        f"each, {given.steps} steps, 1 restart, {given.queries} queries, seed 0, 9 targets or as many as there are other classes. The reference runs",
+        f"Written by `make bench-autoattack`. {processor()}; {versions()}; reference: {package.__name__}. In process, the",
+        f"reference in one of its own with the allocator as its users have it; one run each, {given.steps} steps, 1 restart, {given.queries} queries, seed 0, 9 targets or as many as there are other classes. The reference runs",
         "on the model as trained and is judged by it, rbkit on the folded form. Forward images include those that go back and padding.\n",
     ]
     parts = [(protocol, PROTOCOL, given.images, "")]
@@ -228,7 +234,7 @@ def main() -> None:
     for measure, names, count, text in parts:
         lines += [*([text] if text else []), *heads(names)]
         for written in given.case:
-            lines.append(measure(case_of(written, count, **effort), package))
+            lines.append(measure(case_of(written, count, **effort), given.reference, peers))
             print(lines[-1], flush=True)
     given.output.write_text("\n".join(lines) + "\n")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from peers import Peers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,6 +58,7 @@ class Bed:
 class Setting:
     """How much is measured, where, and where peers are that no registry has; quick: only that everything runs."""
 
+    peers: Peers
     folder: Path
     output: Path
     images: int = 256

@@ -20,7 +20,8 @@ from contenders_maps import maps
 from contenders_scores import scores
 from contenders_training import training
 from growth import growth
-from harness import Group, measure, processor, table, use_threads, versions
+from harness import Group, measure, processor, start, table, versions
+from peers import Peers
 
 HERE = Path(__file__).parent
 
@@ -29,7 +30,7 @@ def protocol(setting: Setting) -> Iterator[str]:
     """AutoAttack on a few images; `make bench-autoattack` is the whole comparison."""
     yield "## AutoAttack, standard protocol\n"
     try:
-        package = auto_attack.reference(setting.auto_attack)
+        auto_attack.reference(setting.auto_attack)
     except ImportError as error:
         yield f"Not measured: {error}\n"
         return
@@ -38,7 +39,7 @@ def protocol(setting: Setting) -> Iterator[str]:
     for model in ("standard", "robust"):
         place = setting.bed(model, setting.size(64))
         case = auto_attack.Case(model, place.plain, place.images, place.labels, "l2", EPS["l2"], **effort)
-        lines.append(auto_attack.protocol(case, package))
+        lines.append(auto_attack.protocol(case, setting.auto_attack, setting.peers))
     yield "\n".join([*lines, "", "Asked for: the same accuracy to 0.3 points, in 0.7 of the wall time."]) + "\n"
 
 
@@ -81,12 +82,12 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def setting_of(given: argparse.Namespace) -> Setting:
+def setting_of(given: argparse.Namespace, peers: Peers) -> Setting:
     """What the options ask for."""
     work = given.work or Path("out/bench-quick" if given.quick else "out/bench")
     output = given.output or (work if given.quick else HERE) / "RESULTS.md"
     return Setting(
-        folder=work.absolute(), output=output, images=8 if given.quick else given.images,
+        peers=peers, folder=work.absolute(), output=output, images=8 if given.quick else given.images,
         rounds=1 if given.quick else given.rounds, quick=given.quick, large=given.large, full=given.full,
         paper=given.paper, auto_attack=given.auto_attack, pictures=given.pictures and given.pictures.absolute(),
     )  # fmt: skip
@@ -95,17 +96,22 @@ def setting_of(given: argparse.Namespace) -> Setting:
 def main() -> None:
     """Measure everything and write the tables."""
     given = parsed()
-    use_threads()
-    setting = setting_of(given)
+    with start() as peers:
+        bench(setting_of(given, peers), given.only)
+
+
+def bench(setting: Setting, sections: list[str]) -> None:
+    """The tables of these sections, written as they grow."""
     parts = [
         "# What the tools cost\n",
-        f"Written by `make bench`. {processor()}; {versions()}. Medians; contenders take turns; float32.\n",
+        f"Written by `make bench`. {processor()}; {versions()}. Medians; contenders take turns; float32. Other libraries run in a",
+        "process of their own, with the allocator as their users have it; on our network they run in ours.\n",
     ]
-    for name in given.only:
+    for name in sections:
         begin = time.perf_counter()
         for part in SECTIONS[name](setting):
             if isinstance(part, Group):
-                measure(part, rounds=setting.rounds)
+                measure(part, setting.peers, rounds=setting.rounds)
             parts.append(table(part) if isinstance(part, Group) else part)
             print(parts[-1], flush=True)
         print(f"({name}: {time.perf_counter() - begin:.0f} s)\n", flush=True)

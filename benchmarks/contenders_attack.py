@@ -84,8 +84,8 @@ def attack_group(place: Bed, title: str, *, norm: str) -> Group:
     bound = functools.partial
     return Group(
         f"PGD-{STEPS} with all steps, {title}", len(place.images),
+        {"rbkit": bound(ours, place, norm=norm, until="end")},
         {
-            "rbkit": bound(ours, place, norm=norm, until="end"),
             "torchattacks": bound(torchattacks_pgd, place, norm=norm),
             "foolbox": bound(foolbox_pgd, place, norm=norm),
             "ART": bound(art_pgd, place, norm=norm),
@@ -102,11 +102,11 @@ def accuracy_group(place: Bed, title: str, *, asked: float, rounds: int, warm: b
     contenders = {
         "rbkit": functools.partial(ours, place, norm="l2"),
         f"rbkit --sprint {SPRINT}": functools.partial(ours, place, norm="l2", sprint=SPRINT),
-        "torchattacks": functools.partial(torchattacks_pgd, place, norm="l2"),
     }
+    peers = {"torchattacks": functools.partial(torchattacks_pgd, place, norm="l2")}
     return Group(
-        f"Robust accuracy under PGD-{STEPS}, L2, {title}", len(place.images), contenders, heading="robust accuracy",
-        rounds=rounds, warm=warm, asked=f"torchattacks takes {asked:g} times as long or more",
+        f"Robust accuracy under PGD-{STEPS}, L2, {title}", len(place.images), contenders, peers,
+        heading="robust accuracy", rounds=rounds, warm=warm, asked=f"torchattacks takes {asked:g} times as long or more",
     )  # fmt: skip
 
 

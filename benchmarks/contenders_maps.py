@@ -102,13 +102,13 @@ def map_group(
     rounds: int | None = None,
     asked: str = "",
 ) -> Group:
-    """An attribution by us and by peers: on the network as their user has it, and on ours, which leaves the harnesses alone."""
+    """An attribution by us and by peers: on the network as their user has it, and on ours with our
+    allocator, which leaves the harnesses alone."""
     work: dict[str, Work] = {"rbkit": functools.partial(ours, place, method)}
-    for name, peer in peers.items():
-        work[name] = functools.partial(peer, place, place.plain)
-        work[f"{name}, our network"] = functools.partial(peer, place, place.best)
+    work |= {f"{name}, our network": functools.partial(peer, place, place.best) for name, peer in peers.items()}
+    theirs: dict[str, Work] = {name: functools.partial(peer, place, place.plain) for name, peer in peers.items()}
     floors: dict[str, Work] = {"floor": functools.partial(gradient_passes, place, passes)} if passes else {}
-    return Group(f"{title}, resnet8", len(place.images), work, floors=floors, rounds=rounds, asked=asked)
+    return Group(f"{title}, resnet8", len(place.images), work, theirs, floors=floors, rounds=rounds, asked=asked)
 
 
 def maps(setting: Setting) -> Iterator[Group]:

@@ -85,15 +85,13 @@ def scores(setting: Setting) -> Iterator[Group]:
     place = setting.bed("robust", setting.size(64))
     titles = {"deletion_mean": "Pixel flipping (deletion to the mean colour)", "max_sensitivity": "Max-sensitivity"}
     for name, title in (titles | {"infidelity": "Infidelity"}).items():
-        work: dict[str, Work] = {
-            "rbkit": functools.partial(ours, place, name),
-            "Quantus": functools.partial(by_quantus, place, name),
-        }
+        work: dict[str, Work] = {"rbkit": functools.partial(ours, place, name)}
+        peers: dict[str, Work] = {"Quantus": functools.partial(by_quantus, place, name)}
         if name == "infidelity":
-            work["captum"] = functools.partial(captum_infidelity, place, place.plain)
+            peers["captum"] = functools.partial(captum_infidelity, place, place.plain)
             work["captum, our network"] = functools.partial(captum_infidelity, place, place.best)
         yield Group(
-            f"{title}, resnet8", len(place.images), work,
+            f"{title}, resnet8", len(place.images), work, peers,
             floors={kind: functools.partial(passes, place, FLOOR_PASSES) for kind, passes in FLOORS.items()},
             floor_passes=FLOOR_PASSES * len(place.images), networks=(place.plain, place.best), asked=ASKED[name],
         )  # fmt: skip

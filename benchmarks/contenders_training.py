@@ -131,8 +131,8 @@ def training(setting: Setting) -> Iterator[Group]:
     place = setting.bed("robust", setting.size(max(512, setting.images)))
     yield Group(
         f"PGD-{STEPS} adversarial training, one epoch, resnet8", len(place.images),
+        {"rbkit": functools.partial(ours, place)},
         {
-            "rbkit": functools.partial(ours, place),
             "torchattacks in a plain loop": functools.partial(plain, place),
             "the paper's trainer": functools.partial(paper, place, setting.paper),
         },

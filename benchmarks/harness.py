@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from peers import Peers
 from torch import Tensor, nn
 
 from rbkit.cli._compute import available_threads, keep_freed_memory
 
-PEERS = (
+LIBRARIES = (
     "torchattacks", "foolbox", "adversarial-robustness-toolbox", "captum", "shap", "quantus", "pyautoattack",
 )  # fmt: skip
 
@@ -39,6 +40,16 @@ class Passes:
     pairs: int = 0
 
 
+@dataclass
+class Turn:
+    """One turn of a contender: its seconds and what it found, passes where they were counted, or why it failed."""
+
+    seconds: float = 0.0
+    text: str = ""
+    passes: Passes | None = None
+    failed: str | None = None
+
+
 Work = Callable[[], Told | None]
 
 
@@ -46,7 +57,7 @@ Work = Callable[[], Told | None]
 class Group:
     """Contenders for one piece of work, name to function, and what was measured of them.
 
-    floors: work that no contender can undercut. A single one is called `floor`; `forward` and `gradient` are passes of one
+    peers: contenders that work in the process of `Peers`. floors: work that no contender can undercut. A single one is called `floor`; `forward` and `gradient` are passes of one
     kind, `floor_passes` images each, from which the floor of a contender follows by the passes that it made of `networks`.
     reference: the row that ratios are to; the first one of rbkit where None. heading: of the column of what contenders
     found. rounds: fewer than asked for, where a round is long; warm: one round before, which is not counted.
@@ -56,6 +67,7 @@ class Group:
     title: str
     images: int
     contenders: dict[str, Work]
+    peers: dict[str, Work] = field(default_factory=dict)
     floors: dict[str, Work] = field(default_factory=dict)
     floor_passes: int = 0
     networks: tuple[nn.Module, ...] = ()
@@ -107,30 +119,55 @@ def silence() -> Iterator[None]:
         yield
 
 
-def measure(group: Group, *, rounds: int) -> None:
+def measure(group: Group, peers: Peers, *, rounds: int) -> None:
     """Time every contender in turn, `rounds` times at most, after one round that is not counted."""
-    turns = group.floors | group.contenders
+    if group.peers:
+        peers.call(_receive, group.peers, group.networks)
     for number in range(-int(group.warm), min(rounds, group.rounds or rounds)):
-        for name, work in turns.items():
+        watched = number < 0
+        for name, work in (group.floors | group.contenders).items():
             if name not in group.failed:
-                _turn(group, name, work, counts=number >= 0)
+                _note(group, name, _turn(work, group.networks if watched else ()), counts=not watched)
+        for name in group.peers:
+            if name not in group.failed:
+                _note(group, name, peers.call(_peers_turn, name, watched), counts=not watched)
 
 
-def _turn(group: Group, name: str, work: Work, *, counts: bool) -> None:
-    watched = () if counts else group.networks
+def _turn(work: Work, watched: tuple[nn.Module, ...]) -> Turn:
     begin = time.perf_counter()
     try:
         with counted(*watched) as passes, silence():
             told = work() or Told()
     except Exception as error:  # of a peer: what fails there must not stop the table
-        group.failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
-        return
+        return Turn(failed=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120])
     seconds = time.perf_counter() - begin if told.seconds is None else told.seconds
-    group.found[name] = told.text
+    return Turn(seconds, told.text, passes if watched else None)
+
+
+def _note(group: Group, name: str, turn: Turn, *, counts: bool) -> None:
+    """Take in what a turn told."""
+    if turn.failed is not None:
+        group.failed[name] = turn.failed
+        return
+    group.found[name] = turn.text
     if counts:
-        group.seconds.setdefault(name, []).append(seconds)
-    elif watched:
-        group.passes[name] = passes
+        group.seconds.setdefault(name, []).append(turn.seconds)
+    elif turn.passes is not None:
+        group.passes[name] = turn.passes
+
+
+_received: dict[str, Work] = {}  # in the process of the peers: their work in the group at hand
+_networks: list[nn.Module] = []
+
+
+def _receive(works: dict[str, Work], networks: tuple[nn.Module, ...]) -> None:
+    _received.clear()
+    _received.update(works)
+    _networks[:] = networks
+
+
+def _peers_turn(name: str, watched: bool) -> Turn:
+    return _turn(_received[name], tuple(_networks) if watched else ())
 
 
 def floor_of(group: Group, name: str) -> float | None:
@@ -186,7 +223,7 @@ def table(group: Group) -> str:
 def versions() -> str:
     """What was measured, in one line."""
     found = [f"torch {torch.__version__}", f"Python {sys.version.split()[0]}"]
-    for name in PEERS:
+    for name in LIBRARIES:
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
@@ -194,10 +231,13 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def use_threads() -> None:
-    """As many threads in process as the commands take, and memory kept as they keep it: peers share both."""
+def start() -> Peers:
+    """As many threads as the commands take, here and in the process of the peers; memory kept as the commands keep it, here."""
+    threads = int(os.environ.get("RB_THREADS") or available_threads())
+    peers = Peers(threads=threads)
     keep_freed_memory()
-    torch.set_num_threads(int(os.environ.get("RB_THREADS") or available_threads()))
+    torch.set_num_threads(threads)
+    return peers
 
 
 def processor() -> str:

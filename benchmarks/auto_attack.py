@@ -39,7 +39,7 @@ REFERENCE_NORM = {"l2": "L2", "linf": "Linf"}
 
 @dataclass(frozen=True)
 class Case:
-    """A model under attack: images (N, C, H, W) in [0, 1] with labels, the ball, and how much is tried."""
+    """A model under attack: images (N, C, H, W) in [0, 1] with labels, the ball, and how much is tried, twice or once."""
 
     name: str
     model: Classifier
@@ -49,6 +49,7 @@ class Case:
     eps: float
     steps: int = STEPS
     queries: int = QUERIES
+    twice: bool = True
 
     @property
     def targets(self) -> int:
@@ -57,7 +58,7 @@ class Case:
             return min(TARGETS, self.model(self.images[:1]).shape[1] - 1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """What an attack found and took: images, which of them the attack itself calls broken, seconds, and passes."""
 
@@ -154,6 +155,16 @@ def their_fab(case: Case, folder: Path | None) -> Run:
     return Run(nearest, distance.isfinite(), **spent, distance=distance)
 
 
+def in_turns(case: Case, peer: Callable[[], Run], mine: Callable[[], Run]) -> tuple[Run, Run]:
+    """Runs of both, where `twice` in the order theirs, ours, ours, theirs, with means of the seconds: a run takes minutes, and a
+    machine that grows slower or faster meanwhile is then unfair to neither."""
+    runs = (peer(), mine())
+    if case.twice:
+        for second, first in zip((mine(), peer()), reversed(runs), strict=True):
+            first.wall, first.cpu = (first.wall + second.wall) / 2, (first.cpu + second.cpu) / 2
+    return runs
+
+
 def above(case: Case, found: Run) -> int:
     """Images outside the ball or the box."""
     size = NORMS[case.norm].size((found.images - case.images).double())
@@ -165,9 +176,9 @@ def protocol(case: Case, folder: Path | None, peers: Peers) -> str:
     """A line of the table of the standard protocol."""
     with torch.no_grad():
         clean = (case.model(case.images).argmax(1) == case.labels).double().mean()
-    peer: Run = peers.call(theirs, case, folder)
-    mine = ours(case, auto(norm=case.norm, eps=case.eps, steps=case.steps, queries=case.queries, targets=case.targets))
-    runs = (peer, mine)
+    spec = auto(norm=case.norm, eps=case.eps, steps=case.steps, queries=case.queries, targets=case.targets)
+    runs = in_turns(case, lambda: peers.call(theirs, case, folder), lambda: ours(case, spec))
+    peer, mine = runs
     cells = [case.name, f"{case.norm} {case.eps:.4g}", str(len(case.labels)), f"{clean:.3f}"]
     cells += [f"{1 - found.broken.double().mean():.3f}" for found in runs]
     cells += [f"{found.wall:.1f}" for found in runs] + [f"{mine.wall / peer.wall:.2f}"]
@@ -178,8 +189,8 @@ def protocol(case: Case, folder: Path | None, peers: Peers) -> str:
 
 def distances(case: Case, folder: Path | None, peers: Peers) -> str:
     """A line of the table of minimal distances: medians over images that are right at first and that both broke."""
-    peer: Run = peers.call(their_fab, case, folder)
-    mine = ours(case, fab_t(norm=case.norm, eps=case.eps, steps=case.steps, targets=case.targets))
+    spec = fab_t(norm=case.norm, eps=case.eps, steps=case.steps, targets=case.targets)
+    peer, mine = in_turns(case, lambda: peers.call(their_fab, case, folder), lambda: ours(case, spec))
     assert peer.distance is not None and mine.distance is not None
     both = peer.distance.isfinite() & mine.distance.isfinite() & (peer.distance > 0) & (mine.distance > 0)
     middle = [float(found.distance[both].median()) for found in (peer, mine)]  # type: ignore[index]
@@ -212,6 +223,7 @@ def main() -> None:
     parser.add_argument("--fab-images", type=int, default=100, help="images whose distances are compared; 0 for none")
     parser.add_argument("--steps", type=int, default=STEPS, help="of every gradient attack, on each target")
     parser.add_argument("--queries", type=int, default=QUERIES, help="of Square")
+    parser.add_argument("--once", action="store_true", help="each contender once, not in the order A, B, B, A")
     parser.add_argument("--reference", type=Path, help="folder of the reference's code; default: pyautoattack")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/AUTOATTACK.md"))
     given = parser.parse_args()
@@ -221,12 +233,17 @@ def main() -> None:
 
 def compare(given: argparse.Namespace, peers: Peers) -> None:
     """The tables of all cases."""
-    package, effort = reference(given.reference), {"steps": given.steps, "queries": given.queries}
+    package, effort = (
+        reference(given.reference),
+        {"steps": given.steps, "queries": given.queries, "twice": not given.once},
+    )
     lines = [
         "# `--attack auto` against AutoAttack\n",
         f"Written by `make bench-autoattack`. {processor()}; {versions()}; reference: {package.__name__}. In process, the",
-        f"reference in one of its own with the allocator as its users have it; one run each, {given.steps} steps, 1 restart, {given.queries} queries, seed 0, 9 targets or as many as there are other classes. The reference runs",
-        "on the model as trained and is judged by it, rbkit on the folded form. Forward images include those that go back and padding.\n",
+        "reference in one of its own with the allocator as its users have it;",
+        f"{'one run each' if given.once else 'means of two runs each, in the order A, B, B, A'}; {given.steps} steps, 1 restart,",
+        f"{given.queries} queries, seed 0, 9 targets or as many as there are other classes. The reference runs on the model as",
+        "trained and is judged by it, rbkit on the folded form. Forward images include those that go back and padding.\n",
     ]
     parts = [(protocol, PROTOCOL, given.images, "")]
     if given.fab_images:

@@ -35,7 +35,7 @@ def protocol(setting: Setting) -> Iterator[str]:
         yield f"Not measured: {error}\n"
         return
     lines = auto_attack.heads(auto_attack.PROTOCOL)
-    effort = {"steps": 5, "queries": 20} if setting.quick else {}
+    effort = {"steps": 5, "queries": 20, "twice": False} if setting.quick else {}
     for model in ("standard", "robust"):
         place = setting.bed(model, setting.size(64))
         case = auto_attack.Case(model, place.plain, place.images, place.labels, "l2", EPS["l2"], **effort)

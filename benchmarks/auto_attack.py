@@ -158,11 +158,12 @@ def their_fab(case: Case, folder: Path | None) -> Run:
 def in_turns(case: Case, peer: Callable[[], Run], mine: Callable[[], Run]) -> tuple[Run, Run]:
     """Runs of both, where `twice` in the order theirs, ours, ours, theirs, with means of the seconds: a run takes minutes, and a
     machine that grows slower or faster meanwhile is then unfair to neither."""
-    runs = (peer(), mine())
+    theirs_first, ours_first = peer(), mine()
     if case.twice:
-        for second, first in zip((mine(), peer()), reversed(runs), strict=True):
+        ours_second, theirs_second = mine(), peer()
+        for first, second in ((theirs_first, theirs_second), (ours_first, ours_second)):
             first.wall, first.cpu = (first.wall + second.wall) / 2, (first.cpu + second.cpu) / 2
-    return runs
+    return theirs_first, ours_first
 
 
 def above(case: Case, found: Run) -> int:
@@ -233,10 +234,8 @@ def main() -> None:
 
 def compare(given: argparse.Namespace, peers: Peers) -> None:
     """The tables of all cases."""
-    package, effort = (
-        reference(given.reference),
-        {"steps": given.steps, "queries": given.queries, "twice": not given.once},
-    )
+    package = reference(given.reference)
+    effort = {"steps": given.steps, "queries": given.queries, "twice": not given.once}
     lines = [
         "# `--attack auto` against AutoAttack\n",
         f"Written by `make bench-autoattack`. {processor()}; {versions()}; reference: {package.__name__}. In process, the",

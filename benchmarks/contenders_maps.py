@@ -102,8 +102,8 @@ def map_group(
     rounds: int | None = None,
     asked: str = "",
 ) -> Group:
-    """An attribution by us and by peers: on the network as their user has it, and on ours with our
-    allocator, which leaves the harnesses alone."""
+    """An attribution by us and by peers: on the network as their user has it, and on ours in our process, which leaves the
+    harnesses alone."""
     work: dict[str, Work] = {"rbkit": functools.partial(ours, place, method)}
     work |= {f"{name}, our network": functools.partial(peer, place, place.best) for name, peer in peers.items()}
     theirs: dict[str, Work] = {name: functools.partial(peer, place, place.plain) for name, peer in peers.items()}

@@ -57,7 +57,8 @@ Work = Callable[[], Told | None]
 class Group:
     """Contenders for one piece of work, name to function, and what was measured of them.
 
-    peers: contenders that work in the process of `Peers`. floors: work that no contender can undercut. A single one is called `floor`; `forward` and `gradient` are passes of one
+    peers: contenders that work in the process of `Peers`.
+    floors: work that no contender can undercut. A single one is called `floor`; `forward` and `gradient` are passes of one
     kind, `floor_passes` images each, from which the floor of a contender follows by the passes that it made of `networks`.
     reference: the row that ratios are to; the first one of rbkit where None. heading: of the column of what contenders
     found. rounds: fewer than asked for, where a round is long; warm: one round before, which is not counted.
@@ -123,14 +124,17 @@ def measure(group: Group, peers: Peers, *, rounds: int) -> None:
     """Time every contender in turn, `rounds` times at most, after one round that is not counted."""
     if group.peers:
         peers.call(_receive, group.peers, group.networks)
+    here = group.floors | group.contenders
     for number in range(-int(group.warm), min(rounds, group.rounds or rounds)):
         watched = number < 0
-        for name, work in (group.floors | group.contenders).items():
-            if name not in group.failed:
-                _note(group, name, _turn(work, group.networks if watched else ()), counts=not watched)
-        for name in group.peers:
-            if name not in group.failed:
-                _note(group, name, peers.call(_peers_turn, name, watched), counts=not watched)
+        for name in [*here, *group.peers]:
+            if name in group.failed:
+                continue
+            if name in here:
+                turn = _turn(here[name], group.networks if watched else ())
+            else:
+                turn = peers.call(_peers_turn, name, watched)
+            _note(group, name, turn, counts=not watched)
 
 
 def _turn(work: Work, watched: tuple[nn.Module, ...]) -> Turn:
@@ -157,7 +161,7 @@ def _note(group: Group, name: str, turn: Turn, *, counts: bool) -> None:
 
 
 _received: dict[str, Work] = {}  # in the process of the peers: their work in the group at hand
-_networks: list[nn.Module] = []
+_networks: list[nn.Module] = []  # and the networks whose passes are counted
 
 
 def _receive(works: dict[str, Work], networks: tuple[nn.Module, ...]) -> None:

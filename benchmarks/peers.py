@@ -1,7 +1,7 @@
 """Other libraries in a process of their own, which has the allocator of their users.
 
 rbkit has the C library keep the memory that a block frees (`cli._compute.keep_freed_memory`). Peers in the same process
-would share that, and PGD of torchattacks takes two thirds of its time with it.
+would share that, which their users do not have: alone in a process, torchattacks' PGD took two thirds of its time with it.
 """
 
 from __future__ import annotations

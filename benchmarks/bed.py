@@ -161,5 +161,11 @@ def forward_passes(place: Bed, count: int) -> None:
             place.best(images)
 
 
+def passes(place: Bed, gradients: int, forwards: int) -> None:
+    """So many passes of either kind of all images, block by block, and nothing else."""
+    gradient_passes(place, gradients)
+    forward_passes(place, forwards)
+
+
 FLOORS = {"forward": forward_passes, "gradient": gradient_passes}
 FLOOR_PASSES = 8  # of each kind, to tell what one takes

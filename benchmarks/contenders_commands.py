@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
-from bed import Setting, command, gradient_passes
+from bed import Setting, command, passes
 from contenders_attack import STEPS
-from harness import Group, Told
+from harness import Group, Told, ratio
 
 PYTHON = sys.executable
 TYPER = "import typer\ndef main(name: str, count: int = 1): ...\ntyper.run(main)\n"
 SMALL = 64  # images of the pipe that tells what starting it takes
+FORWARDS = 4  # an image in the pipe: rb-attack judges the clean one and the last iterate, rb-score the clean one and the result
 
 
 def defaults(setting: Setting) -> Iterator[Group]:
@@ -32,7 +33,7 @@ def defaults(setting: Setting) -> Iterator[Group]:
 
 
 def pipe(setting: Setting) -> Iterator[Group]:
-    """An attack without early exit through a pipe of three commands, against the floor in process."""
+    """An attack without early exit through a pipe of three commands, against the passes that it makes, in process."""
     count = setting.size(10_000 if setting.full else 2_000) + SMALL
     model = setting.model("robust").name
 
@@ -44,20 +45,22 @@ def pipe(setting: Setting) -> Iterator[Group]:
     names = {images: f"cat | rb-attack --until end | rb-score, {images} images" for images in (count, SMALL)}
     for images in names:
         setting.agreed_stream("robust", images)
-    floor = functools.partial(gradient_passes, setting.bed("robust", count), STEPS)
+    floor = functools.partial(passes, setting.bed("robust", count), STEPS, FORWARDS)
 
     def shares(group: Group) -> str:
         """The pipe against the floor, with and without what it takes to start it."""
-        least, whole, short = group.median["floor"], group.median[names[count]], group.median[names[SMALL]]
-        going = least / count * (count - SMALL) / (whole - short)
+        least, whole, short = (group.seconds[name] for name in ("floor", names[count], names[SMALL]))
+        more = [long - start for long, start in zip(whole, short, strict=True)]
+        going = ratio(least, more) * (count - SMALL) / count
         return (
-            f"Of the floor: {100 * going:.0f} % by what more images take, {100 * least / whole:.0f} % with the start."
+            f"The floor is {STEPS} gradient and {FORWARDS} forward passes an image. Of it: {100 * going:.0f} % by what more "
+            f"images take, {100 * ratio(least, whole):.0f} % with the start."
         )
 
     yield Group(
         f"PGD-{STEPS} without early exit through a pipe of three commands", count,
         {name: functools.partial(through, images) for images, name in names.items()}, floors={"floor": floor},
-        reference=names[count], rounds=2, warm=False, asked="90 % of the floor", after=shares,
+        reference=names[count], rounds=3, warm=False, asked="90 % of the floor", after=shares,
     )  # fmt: skip
 
 

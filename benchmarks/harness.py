@@ -121,13 +121,16 @@ def silence() -> Iterator[None]:
 
 
 def measure(group: Group, peers: Peers, *, rounds: int) -> None:
-    """Time every contender in turn, `rounds` times at most, after one round that is not counted."""
+    """Time every contender in turn, `rounds` times at most, after one round that is not counted.
+
+    Every other round goes backwards, so that a machine that grows slower within a round is unfair to none.
+    """
     if group.peers:
         peers.call(_receive, group.peers, group.networks)
     here = group.floors | group.contenders
     for number in range(-int(group.warm), min(rounds, group.rounds or rounds)):
         watched = number < 0
-        for name in [*here, *group.peers]:
+        for name in [*here, *group.peers][:: -1 if number % 2 else 1]:
             if name in group.failed:
                 continue
             if name in here:
@@ -152,6 +155,7 @@ def _note(group: Group, name: str, turn: Turn, *, counts: bool) -> None:
     """Take in what a turn told."""
     if turn.failed is not None:
         group.failed[name] = turn.failed
+        group.seconds.pop(name, None)
         return
     group.found[name] = turn.text
     if counts:
@@ -174,15 +178,21 @@ def _peers_turn(name: str, watched: bool) -> Turn:
     return _turn(_received[name], tuple(_networks) if watched else ())
 
 
-def floor_of(group: Group, name: str) -> float | None:
-    """Seconds that the work of a contender takes at least, or None where no floor was measured."""
-    median = group.median
+def floor_of(group: Group, name: str) -> list[float] | None:
+    """Seconds that the work of a contender takes at least, by round, or None where no floor was measured."""
+    seconds = group.seconds
     if name not in group.passes:
-        return median.get("floor")
-    if name in group.floors or not {"forward", "gradient"} <= set(median):
+        return seconds.get("floor")
+    if name in group.floors or not {"forward", "gradient"} <= set(seconds):
         return None
     passes = group.passes[name]
-    return (passes.forwards * median["forward"] + passes.pairs * median["gradient"]) / group.floor_passes
+    rounds = zip(seconds["forward"], seconds["gradient"], strict=True)
+    return [(passes.forwards * forward + passes.pairs * both) / group.floor_passes for forward, both in rounds]
+
+
+def ratio(these: list[float], those: list[float]) -> float:
+    """How many times as long these took as those: the median over rounds, within each of which the machine is the same."""
+    return statistics.median(one / other for one, other in zip(these, those, strict=True))
 
 
 def line(cells: list[str]) -> str:
@@ -190,18 +200,18 @@ def line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _row(group: Group, name: str, reference: float | None) -> list[str]:
+def _row(group: Group, name: str, reference: list[float] | None) -> list[str]:
     median, values, least = group.median[name], group.seconds[name], floor_of(group, name)
     cells = [name, f"{median:.3f}", f"{min(values):.3f} to {max(values):.3f}"]
     work = group.floor_passes if name in group.floors and group.floor_passes else group.images
     cells.append(f"{work / median:.4g}")
     if group.floors:
-        cells.append("" if least is None else f"{100 * least / median:.0f}")
+        cells.append("" if least is None else f"{100 * ratio(least, values):.0f}")
     if group.networks:
         passes = group.passes.get(name, Passes())
         each = (passes.forwards / group.images, passes.pairs / group.images)
         cells.append("" if name in group.floors else " + ".join(f"{count:.4g}" for count in each))
-    cells.append("" if reference is None or name in group.floors else f"{median / reference:.2f}")
+    cells.append("" if reference is None or name in group.floors else f"{ratio(values, reference):.2f}")
     return [*cells, group.found[name]] if group.heading else cells
 
 
@@ -215,7 +225,7 @@ def table(group: Group) -> str:
     rounds = max((len(values) for values in group.seconds.values()), default=0)
     lines = [f"## {group.title}", "", f"{group.images} images, rounds: {rounds}.", "", line(heads)]
     lines.append("|---" * len(heads) + "|")
-    lines += [line(_row(group, name, median.get(own or ""))) for name in median]
+    lines += [line(_row(group, name, group.seconds.get(own or ""))) for name in median]
     lines += [line([name, f"not measured: {why}", *[""] * (len(heads) - 2)]) for name, why in group.failed.items()]
     if group.asked:
         lines += ["", f"Asked for: {group.asked}."]

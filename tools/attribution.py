@@ -115,5 +115,5 @@ def accumulated(
         at, factor = point(rows, numbers)
         found = (factor * gradients(evaluation, at, target[rows], spec.output)[0])[: pairs - start]
         total.index_add_(0, rows[: pairs - start], found)
-        square.index_add_(0, rows[: pairs - start], found.flatten(1).double().sum(1) ** 2)
+        square.index_add_(0, rows[: pairs - start], found.sum((1, 2, 3), dtype=torch.float64) ** 2)
     return total, square

@@ -54,28 +54,27 @@ def project(images: Tensor, normal: Tensor, offset: Tensor, *, norm: str) -> Ten
     scale = normal.abs().amax((1, 2, 3))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # so that no square of an entry vanishes
     sign = normal.sign() * per_row(torch.where(offset >= 0, 1.0, -1.0).to(images))
-    weight = normal.abs().flatten(1) / scale[:, None]
-    room = torch.where(sign > 0, 1 - images, images).flatten(1) * (weight > 0)
+    weight = normal.abs() / per_row(scale)
+    room = torch.where(sign > 0, 1 - images, images) * (weight > 0)
     speed = weight if norm == "l2" else (weight > 0).to(weight)
-    moved = torch.minimum(_root(weight, speed, room, offset.abs() / scale)[:, None] * speed, room)
-    return moved.reshape(images.shape) * sign
+    return torch.minimum(per_row(_root(weight, speed, room, offset.abs() / scale)) * speed, room) * sign
 
 
 def _root(weight: Tensor, speed: Tensor, room: Tensor, wanted: Tensor) -> Tensor:
-    """t with sum weight min(t speed, room) = wanted, (N,); FAR where all the room is not enough.
+    """t with sum weight min(t speed, room) = wanted, (N,); FAR where all the room is not enough. All else (N, C, H, W).
 
     A row stops where its free entries, those that have not used up their room, stay the same, and is left alone then:
     it must not depend on others.
     """
     slope, gain = weight * speed, weight * room
-    free = slope.sum(1)
+    free = slope.sum((1, 2, 3))
     t = (wanted / free.clamp_min(1 / FAR)).clamp_max(FAR)
     going = free > 0
     while bool(going.any()):
-        reached = t[:, None] * slope
-        left = torch.where(reached < gain, slope, 0.0).sum(1)
+        reached = per_row(t) * slope
+        left = (slope * (reached < gain)).sum((1, 2, 3))
         going = going & (left < free)
-        step = (wanted - torch.minimum(reached, gain).sum(1)).clamp_min(0) / left.clamp_min(1 / FAR)
+        step = (wanted - torch.minimum(reached, gain).sum((1, 2, 3))).clamp_min(0) / left.clamp_min(1 / FAR)
         # Without free entries all the room is used; FAR where that is not enough.
         t = torch.where(going, torch.where(left > 0, t + step, FAR).clamp_max(FAR), t)
         free = torch.where(going, left, free)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from rbkit.tools import random
 from rbkit.tools.batch import Batch
-from rbkit.tools.masking import blurred
+from rbkit.tools.masking import blurred, shown
 from rbkit.tools.models import in_blocks
 
 GRID = 11  # points of a flipping curve, both ends included
@@ -28,8 +28,8 @@ def _flip_curve(batch: Batch, order: Tensor, *, insert: bool, imputation: str) -
     rows = torch.arange(n, device=order.device)
 
     def look(row: Tensor, count: Tensor) -> Tensor:
-        flipped = (rank[row] < count[:, None]).reshape(-1, 1, height, width)
-        return probability(batch, torch.where(flipped, other[row], base[row]), row)
+        flipped = (rank.index_select(0, row) < count[:, None]).reshape(-1, 1, height, width)
+        return probability(batch, shown(other.index_select(0, row), base.index_select(0, row), flipped), row)
 
     def end(images: Tensor) -> Tensor:
         return in_blocks(lambda row: probability(batch, images[row], row), rows, block=block)[:, None]

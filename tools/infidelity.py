@@ -14,6 +14,7 @@ from torch import Tensor
 from rbkit.tools import random
 from rbkit.tools.attribution import output_of, values
 from rbkit.tools.batch import Batch, defined
+from rbkit.tools.masking import shown
 from rbkit.tools.models import in_blocks
 from rbkit.tools.rowwise import TINY, correlation
 
@@ -48,7 +49,7 @@ def _changes(batch: Batch, removed: Tensor) -> Tensor:
     rows = torch.arange(n, device=removed.device).repeat_interleave(draws)
 
     def look(row: Tensor, gone: Tensor) -> Tensor:
-        left = torch.where(gone.reshape(-1, 1, *images.shape[2:]), mean, images[row])
+        left = shown(mean, images.index_select(0, row), gone.reshape(-1, 1, *images.shape[2:]))
         with torch.no_grad():
             return output_of(batch.evaluation(left), target[row], batch.output).double()
 

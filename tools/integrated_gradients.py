@@ -48,7 +48,9 @@ def _path_sum(
     """Sum of weight x gradient along the straight path from `base`, times the whole step."""
 
     def point(rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.lerp(base[rows], images[rows], per_row(alphas[numbers])), per_row(weights[numbers])
+        # index_select takes whole rows at a time, several times faster than indexing does.
+        start, end = base.index_select(0, rows), images.index_select(0, rows)
+        return torch.lerp(start, end, per_row(alphas[numbers])), per_row(weights[numbers])
 
     total, _ = accumulated(evaluation, images, target, spec, points=len(alphas), point=point)
     return total * (images - base)

@@ -29,6 +29,14 @@ def blurred(images: Tensor, sigma: float = BLUR_SIGMA) -> Tensor:
     return images.clamp(0, 1)
 
 
+def shown(images: Tensor, fill: Tensor, kept: Tensor) -> Tensor:
+    """`images` where `kept`, bool (B, 1, H, W), and `fill` elsewhere, (B, C, H, W).
+
+    `lerp` gives either exactly, several times faster than `where` with one mask for all channels.
+    """
+    return torch.lerp(fill, images, kept.to(images.dtype))
+
+
 def filler(masker: str, evaluation: Evaluation, images: Tensor) -> Tensor:
     """What hidden pixels of each image take, (N, C, H, W): black, the model's mean colour, or the image blurred.
 
@@ -60,6 +68,6 @@ def masked_values(
     for start in range(0, pairs, block):
         index = torch.arange(start, start + block, device=images.device).clamp_max(pairs - 1)
         rows, numbers = index // masks, index % masks
-        shown = torch.where(keep(rows, numbers)[:, None], images[rows], fill(rows, numbers))
-        found[start : start + block] = output_of(evaluation(shown), target[rows], output)[: pairs - start].double()
+        left = shown(images.index_select(0, rows), fill(rows, numbers), keep(rows, numbers)[:, None])
+        found[start : start + block] = output_of(evaluation(left), target[rows], output)[: pairs - start].double()
     return found.reshape(len(images), masks)

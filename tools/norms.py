@@ -34,7 +34,7 @@ def per_row(values: Tensor) -> Tensor:
 
 def l2_size(delta: Tensor) -> Tensor:
     """Euclidean norm per example, (N,)."""
-    return delta.flatten(1).norm(dim=1)
+    return torch.linalg.vector_norm(delta, dim=(1, 2, 3))
 
 
 def l2_step(gradient: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def l2_start(ids: Tensor, shape: tuple[int, ...], eps: float, *, seed: int, draw
 
 def linf_size(delta: Tensor) -> Tensor:
     """Largest absolute entry per example, (N,)."""
-    return delta.flatten(1).abs().amax(dim=1)
+    return delta.abs().amax(dim=(1, 2, 3))
 
 
 def linf_project(delta: Tensor, eps: float) -> Tensor:

@@ -67,8 +67,9 @@ def occlusion(
         return ~(_inside(top, bottom, height)[:, :, None] & _inside(left, right, width)[:, None])
 
     seen = masked_values(
-        evaluation, images, target, spec.output, masks=len(places), keep=keep, fill=lambda rows, numbers: hidden[rows]
-    )
+        evaluation, images, target, spec.output, masks=len(places), keep=keep,
+        fill=lambda rows, numbers: hidden.index_select(0, rows),
+    )  # fmt: skip
     clear = values(evaluation, images, target, spec.output)
     change = clear - values(evaluation, hidden, target, spec.output)
     attribution = _spread(clear[:, None] - seen, places, images.shape)

@@ -59,7 +59,7 @@ def smoothgrad(
 
     def point(rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         noise = random.normal(ids[rows], shape, seed=spec.seed, purpose="smoothgrad", draw=numbers)
-        return images[rows] + spec.sigma * noise, share
+        return images.index_select(0, rows) + spec.sigma * noise, share
 
     total, _ = accumulated(evaluation, images, target, spec, points=spec.samples, point=point)
     return Explained(total, target)
@@ -86,8 +86,8 @@ def expected_gradients(
     def point(rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         chosen = random.integers(ids[rows], len(background), seed=spec.seed, purpose="shap background", draw=numbers)
         alpha = random.uniform(ids[rows], (1,), seed=spec.seed, purpose="shap alpha", draw=numbers)[:, 0]
-        base = background[chosen]
-        return torch.lerp(base, images[rows], per_row(alpha)), images[rows] - base
+        start, end = background.index_select(0, chosen), images.index_select(0, rows)
+        return torch.lerp(start, end, per_row(alpha)), end - start
 
     total, square = accumulated(evaluation, images, target, spec, points=spec.samples, point=point)
     mean = total / spec.samples

@@ -92,8 +92,9 @@ def exact_shap(
 
     def worth_against(hidden: Tensor) -> Tensor:
         return masked_values(
-            evaluation, images, target, spec.output, masks=2**count, keep=keep, fill=lambda rows, _: hidden[rows]
-        )
+            evaluation, images, target, spec.output, masks=2**count, keep=keep,
+            fill=lambda rows, _: hidden.index_select(0, rows),
+        )  # fmt: skip
 
     if spec.masker == "data":
         shown = _background(background)
@@ -158,7 +159,8 @@ class _Game:
             return (early ^ (step % 2 == 1)[:, None])[:, self.players]
 
         def fill(row: Tensor, number: Tensor) -> Tensor:
-            return self.hidden[row if chosen is None else chosen[row * draws + number // self.looks]]
+            source = row if chosen is None else chosen[row * draws + number // self.looks]
+            return self.hidden.index_select(0, source)
 
         seen = masked_values(
             self.evaluation, self.images, self.target, self.spec.output, masks=draws * self.looks, keep=keep, fill=fill

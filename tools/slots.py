@@ -66,10 +66,13 @@ class Outcome:
 
 
 def assign(target: Tensor, source: Tensor, chosen: Tensor) -> None:
-    """Copy the rows of `source` that are `chosen`, bool (B,), into `target`: they are few where little improves."""
+    """Copy the rows of `source` that are `chosen`, bool (B,), into `target`: they are few where little improves.
+
+    Both (B, C, H, W), channels last: as (B, H, W, C) their rows are copied whole.
+    """
     rows = chosen.nonzero()[:, 0]
     if len(rows):
-        target.index_copy_(0, rows, source.index_select(0, rows))
+        target.permute(0, 2, 3, 1).index_copy_(0, rows, source.permute(0, 2, 3, 1).index_select(0, rows))
 
 
 def surpasses(value: Tensor, reached: Tensor, best: Tensor, best_reached: Tensor) -> Tensor:
@@ -82,7 +85,8 @@ class Slots(ABC):
 
     Kinds of ascent differ in `begin` and `advance`. Whatever they remember is a tensor with a row per slot, because
     slots are at different steps; a row's numbers must depend neither on its slot nor on its neighbours.
-    STATE names these tensors. Shapes: ids, step, restart, active (B,); clean, now (B, C, H, W); context (B, ...) each.
+    STATE names these tensors. Shapes: ids, step, restart, active (B,); clean, now (B, C, H, W), channels last as their
+    gradients are, since arithmetic between two layouts takes several times as long; context (B, ...) each.
     """
 
     STATE: tuple[str, ...] = ("ids", "clean", "now", "step", "restart", "active")
@@ -92,7 +96,7 @@ class Slots(ABC):
         self.objective, self.block = objective, block
         # Idle slots hold a real row, so that padding is ordinary arithmetic.
         self.ids = like.ids[:1].repeat(block)
-        self.clean = like.clean[:1].repeat(block, 1, 1, 1)
+        self.clean = like.clean[:1].repeat(block, 1, 1, 1).contiguous(memory_format=torch.channels_last)
         self.now = self.clean.clone()
         self.context = {k: v[:1].repeat(block, *[1] * (v.dim() - 1)) for k, v in like.context.items()}
         self.best = Outcome.of(Batch(self.ids, self.clean, {}))

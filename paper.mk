@@ -106,7 +106,7 @@ AUTO := --attack auto $(call at,--steps 10 --queries 200,--block 256 $(FAST),$(F
 # Where a pair of models would decide nothing: see --clean and --gap of rb-report.
 BOUNDS := --clean $(if $(filter cpu,$(SCALE)),0.4:1,0.5:1) --gap 0.15
 # Metrics of maps; those that explain again cost as much as all the rest.
-MAPS := insertion,deletion,gini,alignment,completeness_error
+MAPS := insertion,deletion,gini,alignment,completeness_error,completeness_error_median
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c

@@ -13,7 +13,8 @@ WORDS = {
     "insertion": "insertion curves", "deletion": "deletion curves", "relevance_mass": "relevance inside the object",
     "relevance_rank": "ranked relevance inside the object", "pointing_game": "the pointing game", "gini": "sparsity (Gini)",
     "entropy": "entropy of the maps", "alignment": "alignment of maps with the image", "etmann_alignment": "Etmann alignment",
-    "completeness_error": "completeness error", "max_sensitivity": "stability under noise", "latent_error": "latent error of inversion",
+    "completeness_error": "completeness error", "completeness_error_median": "completeness error, median",
+    "max_sensitivity": "stability under noise", "latent_error": "latent error of inversion",
     "pixel_error": "pixel error of inversion", "low_frequency_error": "low-frequency error of inversion", "ssim": "structural similarity of inversion",
     "own_accuracy": "own recognition of made images", "judge_accuracy": "recognition of made images by a judge",
 }  # fmt: skip

@@ -215,3 +215,15 @@ def test_slow_metrics_are_computed_by_name_and_all(tmp_path, stream_file, model_
     quick = set(records(execute("rb-score", maps, *judge)))
     assert {"infidelity_scaled", "low_frequency_energy"} <= quick and not slow_ones & quick
     assert slow_ones | quick <= set(records(execute("rb-score", maps, *judge, "--metrics", "all")))
+
+
+def test_a_median_is_that_of_the_values_and_says_so():
+    """Of nine values one is huge: the mean follows it, the median does not."""
+    values = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.6, 100.0])
+    pool = Pool({})
+    columns = {"completeness_error": values, "completeness_error_median": values}
+    pool.add(torch.arange(9), columns, origin="-", total=9, first=0)
+    mean, median = pool.records()
+    assert mean["value"] == pytest.approx(float(values.double().mean())) and "statistic" not in mean
+    assert median["value"] == pytest.approx(0.6) and median["statistic"] == "median"
+    assert 0.1 <= median["low"] <= 0.6 <= median["high"] <= 100 and median["excluded"] == 0

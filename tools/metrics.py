@@ -81,6 +81,7 @@ METRICS: dict[str, Entry] = {
     "low_frequency_energy": Entry(alignment.low_frequency_energy, "attributions", "share", "higher", "after Kim et al. 2019", _MAP, band=True),
     "etmann_alignment": Entry(alignment.etmann_alignment, "attributions", "pixels", "higher", "Etmann et al. 2019", ("explained",)),
     "completeness_error": Entry(faithfulness.completeness_error, "attributions", "output", "lower", "Sundararajan et al. 2017", ("completeness",)),
+    "completeness_error_median": Entry(faithfulness.completeness_error_median, "attributions", "output", "lower", "Sundararajan et al. 2017", ("completeness",), default=False, median=True),
     "max_sensitivity": Entry(stability.max_sensitivity, "attributions", "relative", "lower", "Yeh et al. 2019", _AGAIN),
     "attack_sensitivity": Entry(stability.attack_sensitivity, "attributions", "relative", "lower", "Ghorbani et al. 2019", _AGAIN, default=False),
     "attack_overlap": Entry(stability.attack_overlap, "attributions", "share", "higher", "Ghorbani et al. 2019", _AGAIN, default=False),

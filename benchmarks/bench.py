@@ -66,7 +66,7 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[Group] | Iterator[str]]] = {
 def parsed() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="at most; groups whose rounds are long have fewer")
+    parser.add_argument("--rounds", type=int, default=15, help="at most; groups whose rounds are long have fewer")
     parser.add_argument("--images", type=int, default=256, help="of most groups")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="these sections alone")
     parser.add_argument("--large", action="store_true", help="resnet18 trained robustly, and all libraries on resnet18")

@@ -92,7 +92,7 @@ def attack_group(place: Bed, title: str, *, norm: str) -> Group:
             "captum": bound(captum_pgd, place, norm=norm),
         },
         floors={kind: bound(passes, place, FLOOR_PASSES) for kind, passes in FLOORS.items()},
-        floor_passes=FLOOR_PASSES * len(place.images), networks=(place.plain, place.best), heading="share unbroken", rounds=3,
+        floor_passes=FLOOR_PASSES * len(place.images), networks=(place.plain, place.best), heading="share unbroken", rounds=5,
         asked="95 % of the floor",
     )  # fmt: skip
 
@@ -119,12 +119,12 @@ def attacks(setting: Setting) -> Iterator[Group]:
 
 def accuracy(setting: Setting) -> Iterator[Group]:
     """On enough images for the last blocks, which are no longer full, to matter little: of eight blocks they are a tenth."""
-    count = setting.size(2048)
+    count = setting.size(1024)
     for model, asked in (("standard", 6), ("robust", 3)):
-        yield accuracy_group(setting.bed(model, count), f"{model} resnet8", asked=asked, rounds=3)
+        yield accuracy_group(setting.bed(model, count), f"{model} resnet8", asked=asked, rounds=3, warm=False)
         if setting.pictures is not None:
             place = setting.picture_bed(model, count)
-            yield accuracy_group(place, f"{model} resnet8 on pictures", asked=asked, rounds=3)
+            yield accuracy_group(place, f"{model} resnet8 on pictures", asked=asked, rounds=3, warm=False)
 
 
 def resnet18(setting: Setting) -> Iterator[Group]:

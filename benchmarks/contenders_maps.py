@@ -120,7 +120,7 @@ def maps(setting: Setting) -> Iterator[Group]:
     )  # fmt: skip
     gradient_shap: dict[str, Peer] = {"captum GradientShap": captum_shap, "shap GradientExplainer": shap_gradient}
     yield map_group(
-        place, f"Expected gradients, {POINTS} samples", "shap", gradient_shap, passes=POINTS, rounds=3,
+        place, f"Expected gradients, {POINTS} samples", "shap", gradient_shap, passes=POINTS, rounds=7,
         asked="95 % of the floor, 1.5 times the speed of captum, 1.7 times that of shap",
     )  # fmt: skip
     yield map_group(

@@ -136,7 +136,7 @@ def training(setting: Setting) -> Iterator[Group]:
             "torchattacks in a plain loop": functools.partial(plain, place),
             "the paper's trainer": functools.partial(paper, place, setting.paper),
         },
-        floors={"floor": functools.partial(ideal, place)}, rounds=3,
+        floors={"floor": functools.partial(ideal, place)}, rounds=7,
         asked="93 % of the floor, and 1.7 times the speed of the paper's trainer",
         after=lambda _: f"The floor is the ideal: {STEPS} input gradients on folded weights that are taken in anew each step, and one step of training.",
     )  # fmt: skip

@@ -16,7 +16,7 @@ from harness import Group, Told, ratio
 PYTHON = sys.executable
 TYPER = "import typer\ndef main(name: str, count: int = 1): ...\ntyper.run(main)\n"
 SMALL = 64  # images of the pipe that tells what starting it takes
-FORWARDS = 4  # an image in the pipe: rb-attack judges the clean one and the last iterate, rb-score the clean one and the result
+FORWARDS = 5  # in the pipe, rb-attack judges an image and the last iterate, rb-score the image, the result and that in 8 bits
 
 
 def defaults(setting: Setting) -> Iterator[Group]:

@@ -10,7 +10,7 @@ import torch
 from toys import IDS, TARGET, C, H, N, W, convnet, evaluation, images, linear, weights_of
 
 from rbkit.tools.attribution import Saliency
-from rbkit.tools.masking import MASKERS, blurred
+from rbkit.tools.masking import MASKERS, blurred, shown
 from rbkit.tools.occlusion import sides, windows
 from rbkit.tools.saliency import explain
 
@@ -183,3 +183,11 @@ def test_the_output_is_what_is_explained(output):
 def test_no_image_is_no_map():
     found = explained(x=X[:0], target=TARGET[:0], ids=IDS[:0])
     assert found.attribution.shape == (0, C, H, W) and found.completeness_error.shape == (0,)
+
+
+def test_what_is_shown_is_exactly_the_image_or_the_fill():
+    """To the last bit, also where both are far apart in size."""
+    image, fill = images(seed=1), 1e-6 * images(seed=2)[:1]
+    kept = images(seed=3)[:, :1] < 0.5
+    for left, right in ((image, fill), (fill, image)):
+        assert torch.equal(shown(left, right, kept), torch.where(kept, left, right))

@@ -14,6 +14,7 @@ METHODS = ("standard", "pgd", "fgsm", "trades", "noise", "gradient-penalty")
 ROBUST = ("pgd", "fgsm", "trades")  # = tools.recipe.ROBUST, which would cost torch to import here
 SCHEDULES = ("onecycle", "cosine", "constant")
 AUGMENTS = ("crop-flip", "crop", "flip", "resized", "none")
+OPTIMIZERS = ("sgd", "muon", "adam")
 SELECTS = ("mean", "clean", "robust", "last")
 
 
@@ -22,7 +23,7 @@ def recipe(options: dict[str, Any]) -> Recipe:
     from rbkit.tools.recipe import Recipe
 
     _values.choices(
-        options, schedule=SCHEDULES, augment=AUGMENTS, select=SELECTS, norm=_values.NORMS, optimizer=("sgd", "adam"),
+        options, schedule=SCHEDULES, augment=AUGMENTS, select=SELECTS, norm=_values.NORMS, optimizer=OPTIMIZERS,
         attack_bn=("eval", "train"), attack_start=("random", "clean"), attack_keep=("last", "batch"),
         last_iterate=_values.LAST_ITERATES,
     )  # fmt: skip

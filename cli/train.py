@@ -133,9 +133,16 @@ def train(
             show_default=False,
         ),
     ] = None,
-    optimizer: Annotated[str, typer.Option("--optimizer", metavar="sgd|adam", help="What takes the steps.")] = "sgd",
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            "--optimizer",
+            metavar="|".join(_train_recipe.OPTIMIZERS),
+            help="What takes the steps; muon makes those of inner weights orthogonal.",
+        ),
+    ] = "sgd",
     lr: Annotated[float, typer.Option("--lr", metavar="X", min=0, help="Largest learning rate.")] = 0.1,
-    momentum: Annotated[float, typer.Option("--momentum", metavar="X", min=0, max=1, help="Of SGD.")] = 0.9,
+    momentum: Annotated[float, typer.Option("--momentum", metavar="X", min=0, max=1, help="Of SGD and Muon.")] = 0.9,
     nesterov: Annotated[bool, typer.Option("--nesterov/--no-nesterov", help="Nesterov's momentum.")] = True,
     weight_decay: Annotated[
         float, typer.Option("--weight-decay", metavar="X", min=0, help="L2 penalty on all weights.")

@@ -18,13 +18,15 @@ class Recipe:
     (Gaussian, `sigma` in [0, 1] pixels) or gradient-penalty (`beta` times the squared input gradient), which are
     controls: smooth, but not trained against an attack. norm, eps, steps, step_size: the inner attack, in [0, 1]
     pixels. eps_ramp: share of the steps over which eps and step_size rise from 0, which keeps a hard ball from
-    stalling the first epochs. attack_bn: `eval` (default) or `train`, as the paper does. attack_start: `random` or `clean`.
-    attack_keep: the `last` iterate is trained on, or `batch`, that of the highest mean loss over the batch; last_iterate
-    `unjudged` then leaves the one after the last step out (the paper has clean, batch and unjudged). schedule: `onecycle`
-    (up over `warmup` of the steps, then linearly to 0), `cosine` (to 0) or `constant`; schedule_epochs: its length, where
-    that is not `epochs`. clip_value: bound of each entry of the weights' gradient, 0 for none. ema: decay per step, 0 for
-    none. amp, tf32: bfloat16 where torch deems it safe, or TF32, in training on a GPU. micro: rows that share their BatchNorm statistics, a divisor of the batch; None for the batch.
-    smoothing: share of a label that is spread over all classes (Szegedy et al. 2016, section 7), not in the inner attack.
+    stalling the first epochs. attack_bn: `eval` (default) or `train`, as the paper does. attack_start: `random` or
+    `clean`. attack_keep: the `last` iterate is trained on, or `batch`, that of the highest mean loss over the batch;
+    last_iterate `unjudged` then leaves the one after the last step out (the paper has clean, batch and unjudged).
+    optimizer: `sgd`, `adam`, or `muon` with SGD's momentum. schedule: `onecycle` (up over `warmup` of the steps, then
+    linearly to 0), `cosine` (to 0) or `constant`; schedule_epochs: its length, where that is not `epochs`.
+    clip_value: bound of each entry of the weights' gradient, 0 for none. ema: decay per step, 0 for none. amp, tf32:
+    bfloat16 where torch deems it safe, or TF32, in training on a GPU. micro: rows that share their BatchNorm
+    statistics, a divisor of the batch; None for the batch. smoothing: share of a label that is spread over all
+    classes (Szegedy et al. 2016, section 7), not in the inner attack.
     """
 
     epochs: int

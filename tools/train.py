@@ -24,6 +24,7 @@ from rbkit.tools.examples import Data, as_float
 from rbkit.tools.gpu import Reading, products
 from rbkit.tools.microbatch import Tally, mean_gradient
 from rbkit.tools.models import Classifier
+from rbkit.tools.muon import Muon
 from rbkit.tools.philox import key_of
 from rbkit.tools.ranks import ALONE, Ranks
 from rbkit.tools.recipe import AUGMENTS, ROBUST, Recipe, learning_rate
@@ -74,12 +75,13 @@ def begin(classifier: Classifier, recipe: Recipe) -> State:
 
 
 def _optimiser(classifier: Classifier, recipe: Recipe) -> torch.optim.Optimizer:
+    rate = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(classifier.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        classifier.parameters(), lr=recipe.lr, momentum=recipe.momentum,
-        nesterov=recipe.nesterov and recipe.momentum > 0, weight_decay=recipe.weight_decay,
-    )  # fmt: skip
+        return torch.optim.Adam(classifier.parameters(), **rate)
+    inertia = {"momentum": recipe.momentum, "nesterov": recipe.nesterov and recipe.momentum > 0}
+    if recipe.optimizer == "muon":
+        return Muon(classifier.net, **rate, **inertia)
+    return torch.optim.SGD(classifier.parameters(), **rate, **inertia)
 
 
 @contextmanager

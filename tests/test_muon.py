@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_tools_train import data, equal, fresh, recipe, weights
-from toys import generator
 from torch import nn
+from toys import generator
 
 from rbkit.cli._checkpoint import Job
 from rbkit.tools.architectures import build

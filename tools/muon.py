@@ -6,6 +6,8 @@ weights it takes. Every direction of a matrix moves by the same length, also tho
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,8 @@ class Muon(torch.optim.SGD):
         self.memory, self.ahead = momentum, nesterov
         taken = {id(weight) for weight in self.inner}
         others = [p for p in net.parameters() if id(p) not in taken]
-        groups = [{"params": self.inner, "momentum": 0.0, "nesterov": False}, {"params": others}]
+        inner: dict[str, Any] = {"params": self.inner, "momentum": 0.0, "nesterov": False}
+        groups = [inner, {"params": others}]
         super().__init__(groups, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
     @torch.no_grad()
@@ -47,7 +50,7 @@ class Muon(torch.optim.SGD):
         return orthogonal(ahead.flatten(1)).view_as(weight)
 
 
-def hidden(net: nn.Module) -> list[nn.Parameter]:
+def hidden(net: nn.Module) -> list[Tensor]:
     """The weights of convolutions and linear layers between the first and the last of them, those in groups left out."""
     layers = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     return [m.weight for m in layers[1:-1] if getattr(m, "groups", 1) == 1]

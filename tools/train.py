@@ -75,13 +75,13 @@ def begin(classifier: Classifier, recipe: Recipe) -> State:
 
 
 def _optimiser(classifier: Classifier, recipe: Recipe) -> torch.optim.Optimizer:
-    rate = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    lr, decay = recipe.lr, recipe.weight_decay
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(classifier.parameters(), **rate)
-    inertia = {"momentum": recipe.momentum, "nesterov": recipe.nesterov and recipe.momentum > 0}
+        return torch.optim.Adam(classifier.parameters(), lr=lr, weight_decay=decay)
+    momentum, nesterov = recipe.momentum, recipe.nesterov and recipe.momentum > 0
     if recipe.optimizer == "muon":
-        return Muon(classifier.net, **rate, **inertia)
-    return torch.optim.SGD(classifier.parameters(), **rate, **inertia)
+        return Muon(classifier.net, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=decay)
+    return torch.optim.SGD(classifier.parameters(), lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=decay)
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peers import Peers
@@ -52,6 +54,10 @@ class Bed:
     def agreed(self) -> Bed:
         """The same with labels as the model has them: no image is broken before the attack, so that none is skipped."""
         return replace(self, labels=self.best.logits(self.images).argmax(1))
+
+    def few(self, count: int) -> Bed:
+        """The first images of it, on the same networks."""
+        return replace(self, images=self.images[:count], labels=self.labels[:count], ids=self.ids[:count])
 
 
 @dataclass(frozen=True)
@@ -169,3 +175,12 @@ def passes(place: Bed, gradients: int, forwards: int) -> None:
 
 FLOORS = {"forward": forward_passes, "gradient": gradient_passes}
 FLOOR_PASSES = 8  # of each kind, to tell what one takes
+
+
+def own_floors(place: Bed) -> dict[str, Any]:
+    """What a group needs to hold each contender against the passes that it makes itself (see `Group`)."""
+    return {
+        "floors": {kind: functools.partial(passes, place, FLOOR_PASSES) for kind, passes in FLOORS.items()},
+        "floor_passes": FLOOR_PASSES * len(place.images),
+        "networks": (place.plain, place.best),
+    }

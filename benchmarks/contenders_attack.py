@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bed import EPS, FLOOR_PASSES, FLOORS, Bed, Setting
+from bed import EPS, Bed, Setting, own_floors
 from harness import Group, Told
 from torch import nn
 
@@ -91,9 +91,7 @@ def attack_group(place: Bed, title: str, *, norm: str) -> Group:
             "ART": bound(art_pgd, place, norm=norm),
             "captum": bound(captum_pgd, place, norm=norm),
         },
-        floors={kind: bound(passes, place, FLOOR_PASSES) for kind, passes in FLOORS.items()},
-        floor_passes=FLOOR_PASSES * len(place.images), networks=(place.plain, place.best), heading="share unbroken", rounds=5,
-        asked="95 % of the floor",
+        heading="share unbroken", rounds=5, asked="95 % of the floor", **own_floors(place),
     )  # fmt: skip
 
 

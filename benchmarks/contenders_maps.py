@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from bed import Bed, Setting, gradient_passes
+from bed import Bed, Setting, own_floors
 from harness import Group, Work
 from torch import Tensor, nn
 
@@ -98,29 +98,30 @@ def map_group(
     method: str,
     peers: dict[str, Peer],
     *,
-    passes: int = 0,
+    few: int | None = None,
     rounds: int | None = None,
     asked: str = "",
 ) -> Group:
     """An attribution by us and by peers: on the network as their user has it, and on ours in our process, which leaves the
-    harnesses alone."""
+    harnesses alone. A method that takes thousands of passes gets a `few` of the images; its floor is that of full blocks."""
+    floors = own_floors(place)
+    place = place if few is None else place.few(few)
     work: dict[str, Work] = {"rbkit": functools.partial(ours, place, method)}
     work |= {f"{name}, our network": functools.partial(peer, place, place.best) for name, peer in peers.items()}
     theirs: dict[str, Work] = {name: functools.partial(peer, place, place.plain) for name, peer in peers.items()}
-    floors: dict[str, Work] = {"floor": functools.partial(gradient_passes, place, passes)} if passes else {}
-    return Group(f"{title}, resnet8", len(place.images), work, theirs, floors=floors, rounds=rounds, asked=asked)
+    return Group(f"{title}, resnet8", len(place.images), work, theirs, rounds=rounds, asked=asked, **floors)
 
 
 def maps(setting: Setting) -> Iterator[Group]:
     """On one block of images; Shapley values, which take a thousand passes each, of a few."""
     place = setting.bed("robust", setting.size(64))
     yield map_group(
-        place, f"Integrated gradients, {POINTS} intervals", "ig", {"captum": captum_ig}, passes=POINTS + 1,
+        place, f"Integrated gradients, {POINTS} intervals", "ig", {"captum": captum_ig},
         asked="95 % of the floor, and 1.5 times the speed of captum",
     )  # fmt: skip
     gradient_shap: dict[str, Peer] = {"captum GradientShap": captum_shap, "shap GradientExplainer": shap_gradient}
     yield map_group(
-        place, f"Expected gradients, {POINTS} samples", "shap", gradient_shap, passes=POINTS, rounds=7,
+        place, f"Expected gradients, {POINTS} samples", "shap", gradient_shap, rounds=7,
         asked="95 % of the floor, 1.5 times the speed of captum, 1.7 times that of shap",
     )  # fmt: skip
     yield map_group(
@@ -128,5 +129,4 @@ def maps(setting: Setting) -> Iterator[Group]:
     )
     shapley: dict[str, Peer] = {"shap": shap_permutation, "captum": captum_shapley}
     title = f"Permutation Shapley values, {PLAYERS} players, {WALKS} permutations both ways"
-    few = setting.bed("robust", 2 if setting.quick else 8)
-    yield map_group(few, title, "permutation-shap", shapley, rounds=3)
+    yield map_group(place, title, "permutation-shap", shapley, few=2 if setting.quick else 8, rounds=3)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import quantus
 import torch
-from bed import FLOOR_PASSES, FLOORS, Bed, Setting
+from bed import Bed, Setting, own_floors
 from harness import Group, Work
 from torch import Tensor, nn
 
@@ -90,8 +90,4 @@ def scores(setting: Setting) -> Iterator[Group]:
         if name == "infidelity":
             peers["captum"] = functools.partial(captum_infidelity, place, place.plain)
             work["captum, our network"] = functools.partial(captum_infidelity, place, place.best)
-        yield Group(
-            f"{title}, resnet8", len(place.images), work, peers,
-            floors={kind: functools.partial(passes, place, FLOOR_PASSES) for kind, passes in FLOORS.items()},
-            floor_passes=FLOOR_PASSES * len(place.images), networks=(place.plain, place.best), asked=ASKED[name],
-        )  # fmt: skip
+        yield Group(f"{title}, resnet8", len(place.images), work, peers, asked=ASKED[name], **own_floors(place))

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LENGTH = (
-    0.2  # of a step along a direction per unit of learning rate, so that rates of SGD's size suit both kinds of weights
-)
+LENGTH = 0.4  # of a step in each direction at a rate of 1, so that SGD's rates suit both kinds of weights
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the polynomial that brings singular values near 1
 ITERATIONS = 5
 
@@ -25,18 +23,17 @@ class Muon(torch.optim.SGD):
     """
 
     def __init__(self, net: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float) -> None:
-        self.inner = hidden(net)
-        self.memory, self.ahead = momentum, nesterov
-        taken = {id(weight) for weight in self.inner}
+        self.hidden, self.momentum, self.nesterov = hidden(net), momentum, nesterov
+        taken = {id(weight) for weight in self.hidden}
         others = [p for p in net.parameters() if id(p) not in taken]
-        inner: dict[str, Any] = {"params": self.inner, "momentum": 0.0, "nesterov": False}
-        groups = [inner, {"params": others}]
+        bare: dict[str, Any] = {"params": self.hidden, "momentum": 0.0, "nesterov": False}
+        groups = [bare, {"params": others}]
         super().__init__(groups, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step along the gradients at hand; those of hidden weights are replaced by the directions they moved in."""
-        for weight in self.inner:
+        for weight in self.hidden:
             if weight.grad is not None:
                 weight.grad = LENGTH * self._direction(weight, weight.grad)
         super().step(closure)
@@ -45,9 +42,10 @@ class Muon(torch.optim.SGD):
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
-        total = state["momentum_buffer"].mul_(self.memory).add_(gradient)
-        ahead = gradient + self.memory * total if self.ahead else total
-        return orthogonal(ahead.flatten(1)).view_as(weight)
+        momentum = state["momentum_buffer"].mul_(self.momentum).add_(gradient)
+        if self.nesterov:
+            momentum = gradient + self.momentum * momentum
+        return orthogonal(momentum.flatten(1)).view_as(weight)
 
 
 def hidden(net: nn.Module) -> list[Tensor]:

@@ -22,7 +22,7 @@ from rbkit.cli._pulse import ASKING, Pulse
 __all__ = ["command_of", "note", "program"]
 
 UNALLOCATED = ("CUDA out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")  # torch's
-SPINS = 1000  # some tens of microseconds
+SPINS, SPINS_IN_PIPES = 1000, 3000  # some tens of microseconds; a hundred, about what lies between two operations
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF, errno.EIO)
 TRAPPED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # not KeyboardInterrupt: typer would end it with status 0
 
@@ -103,13 +103,13 @@ def _share_cpus(*, alone: bool) -> None:
     Read by OpenMP when torch is loaded. Where the neighbours are idle, threads that sleep at once cost a quarter; most
     waits end within the short spin that libgomp is told here.
     """
-    shared = "jobserver" in os.environ.get("MAKEFLAGS", "")
-    if not alone:
+    spins = SPINS if "jobserver" in os.environ.get("MAKEFLAGS", "") else None
+    if spins is None and not alone:
         with contextlib.suppress(OSError):
-            shared = shared or any(stat.S_ISFIFO(os.fstat(fd).st_mode) for fd in (0, 1))
-    if shared and "OMP_WAIT_POLICY" not in os.environ:
+            spins = SPINS_IN_PIPES if any(stat.S_ISFIFO(os.fstat(fd).st_mode) for fd in (0, 1)) else None
+    if spins is not None and "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+        os.environ.setdefault("GOMP_SPINCOUNT", str(spins))
 
 
 Ending = tuple[int, str | None]  # the status, and why it is not 0

@@ -248,3 +248,32 @@ def test_scores_load_no_scipy_stats() -> None:
     """It takes as long to load as a block to judge; only tests between models and rank correlations need it."""
     code = "import sys; import rbkit.tools.pool, rbkit.tools.metrics; sys.exit('scipy.stats' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("makeflags", "piped", "given", "policy", "spins"),
+    [
+        ("", False, {}, None, None),
+        ("", True, {}, "PASSIVE", "3000"),
+        (" -j2 --jobserver-auth=3,4", True, {}, "PASSIVE", "1000"),
+        (" -j2 --jobserver-auth=3,4", False, {}, "PASSIVE", "1000"),
+        ("", True, {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", None),
+        ("", True, {"GOMP_SPINCOUNT": "7"}, "PASSIVE", "7"),
+    ],
+)
+def test_threads_sleep_where_neighbours_need_the_cpus(
+    tmp_path: Path, makeflags: str, piped: bool, given: dict[str, str], policy: str | None, spins: str | None
+) -> None:
+    told = tmp_path / "told"
+    code = f"""
+import json, os
+from rbkit.cli._app import _share_cpus
+_share_cpus(alone=False)
+open({str(told)!r}, "w").write(json.dumps([os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")]))
+"""
+    clean = {k: v for k, v in environment().items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, env=clean | {"MAKEFLAGS": makeflags} | given,
+    )  # fmt: skip
+    assert json.loads(told.read_text()) == [policy, spins]

@@ -1,19 +1,18 @@
-"""Muon: directions against an exact decomposition, steps against torch's own, which weights it takes, and resuming."""
+"""Muon: directions against an exact decomposition, steps against torch's own, and which weights it takes."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
-from test_tools_train import data, equal, fresh, recipe, weights
+from test_tools_train import fresh, recipe
 from torch import nn
 from toys import generator
 
-from rbkit.cli._checkpoint import Job
 from rbkit.tools.architectures import build
 from rbkit.tools.muon import LENGTH, Muon, hidden, orthogonal
-from rbkit.tools.train import begin, fit
+from rbkit.tools.train import begin
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 19), (19, 5), (7, 7), (1, 9)])
@@ -98,15 +97,7 @@ def test_a_network_without_inner_weights_is_trained_by_sgd() -> None:
     assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
 
 
-def test_muon_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    plan, rows = recipe(method="standard", eps=0.0, optimizer="muon", epochs=3), data()
-    whole, first, again = (begin(fresh(seed), plan) for seed in (0, 0, 1))
-    list(fit(whole, rows, None, plan))
-    next(fit(first, rows, None, plan))
-    job = Job({}, plan, rows, path=str(tmp_path / "x.ckpt"))
-    assert job.save(first) and job.restore(again)
-    list(fit(again, rows, None, plan))
-    assert equal(weights(again), weights(whole)) and not equal(weights(first), weights(whole))
-    sgd = begin(fresh(0), recipe(method="standard", eps=0.0, optimizer="sgd", epochs=3))
-    list(fit(sgd, rows, None, recipe(method="standard", eps=0.0, optimizer="sgd", epochs=3)))
-    assert not equal(weights(sgd), weights(whole))
+def test_the_recipe_chooses_it() -> None:
+    plan = recipe(method="standard", eps=0.0, optimizer="muon")
+    assert isinstance(begin(fresh(), plan).optimiser, Muon)
+    assert not isinstance(begin(fresh(), replace(plan, optimizer="sgd")).optimiser, Muon)

@@ -175,9 +175,10 @@ def test_adam_takes_steps_of_its_rate() -> None:
     assert moved.max() == pytest.approx(0.01, rel=1e-3) and (moved > 0.0099).float().mean() > 0.5
 
 
-def test_adam_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_optimisers_resume_to_the_same_bytes(optimizer: str, tmp_path: Path) -> None:
     """Moments and step counts of every weight are in the checkpoint."""
-    plan, rows = recipe(method="standard", eps=0.0, optimizer="adam", lr=0.01, epochs=3), data()
+    plan, rows = recipe(method="standard", eps=0.0, optimizer=optimizer, lr=0.01, epochs=3), data()
     whole, first, again = (begin(fresh(seed), plan) for seed in (0, 0, 1))
     list(fit(whole, rows, None, plan))
     next(fit(first, rows, None, plan))

@@ -16,9 +16,8 @@ from harness import Group, Told, ratio
 PYTHON = sys.executable
 TYPER = "import typer\ndef main(name: str, count: int = 1): ...\ntyper.run(main)\n"
 SMALL = 64  # images of the pipe that tells what starting it takes
-FORWARDS = (
-    5  # in the pipe, rb-attack judges an image and the last iterate, rb-score the image, the result and that in 8 bits
-)
+# In the pipe rb-attack judges an image and its last iterate; rb-score the image, the result and that in 8 bits.
+FORWARDS = 5
 
 
 def defaults(setting: Setting) -> Iterator[Group]:

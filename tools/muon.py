@@ -55,7 +55,7 @@ def hidden(net: nn.Module) -> list[Tensor]:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix with its singular values brought near 1 (0.7 to 1.2), times sqrt(rows / columns) where that is above 1.
+    """The matrix with its singular values, but for the tiniest, brought to 0.7 to 1.2, times sqrt(rows / columns) above 1.
 
     Shapes: (R, C) to the same. A matrix of zeros stays one.
     """

@@ -57,7 +57,8 @@ def searched(norm, queries, x, eps, *, of=1000):
     """The first images that are asked about, of a search of many more."""
     goal = Watching()
     slots = Square(norm, eps, of).slots(goal, Batch(IDS, x, {}), block=N)
-    slots.load(torch.arange(N), Batch(IDS, x, {}), torch.arange(N))
+    first = slots.started(IDS, x, torch.zeros_like(IDS))
+    slots.load(torch.arange(N), Batch(IDS, x, {}), torch.arange(N), first)
     for _ in range(queries):
         slots.advance()
     return goal.asked
@@ -161,7 +162,7 @@ def test_a_row_does_not_depend_on_the_steps_of_its_neighbours(norm):
         for turn in range(7 * gap + 100):
             new = (begin == turn).nonzero()[:, 0]
             if len(new):
-                slots.load(new, rows, new)
+                slots.load(new, rows, new, slots.started(new, x[new], torch.zeros_like(new)))
             done = slots.advance()
             found[done] = slots.best.images[done]
         assert not slots.active.any() and (slots.best.forwards == 100).all()

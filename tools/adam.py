@@ -33,8 +33,7 @@ class AdamClimb(Climb):
         self.first, self.second = torch.zeros_like(self.clean), torch.zeros_like(self.clean)
 
     def begin(self, slots: Tensor) -> None:
-        """The start of the plan, with no memory of another example or restart."""
-        super().begin(slots)
+        """No memory of another example or restart."""
         self.first[slots], self.second[slots] = 0, 0
 
     def moved(self, gradient: Tensor) -> Tensor:

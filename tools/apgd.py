@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rbkit.tools.norms import Norm, per_row
-from rbkit.tools.slots import Batch, Objective, Slots, Start
+from rbkit.tools.slots import Batch, Objective, Slots, Start, assign
 
 MOMENTUM = 0.75  # share of the new direction in a step, alpha of section 3.1
 RISING = 0.75  # share of steps that must rise between two checkpoints, rho of section 3.2
@@ -69,7 +69,7 @@ class ApgdSlots(Slots):
     )  # fmt: skip
 
     def __init__(self, objective: Objective, plan: Apgd, like: Batch, *, block: int) -> None:
-        super().__init__(objective, like, block=block)
+        super().__init__(objective, like, block=block, start=plan.start)
         self.plan = plan
         self.spans = torch.tensor(_spans(plan.steps), device=self.clean.device)
         number = torch.zeros(block, device=self.clean.device)
@@ -78,8 +78,7 @@ class ApgdSlots(Slots):
         self.rises, self.halved = torch.zeros_like(self.step), torch.zeros_like(self.active)
 
     def begin(self, slots: Tensor) -> None:
-        """A new start, with the first step size."""
-        self.now[slots] = self.started(slots, self.plan.start)
+        """No momentum, and the first step size."""
         self.before[slots] = self.now[slots]
         self.top_value[slots] = self.value[slots] = self.seen[slots] = float("-inf")
         self.size[slots], self.rises[slots], self.halved[slots] = 2 * self.plan.eps, 0, False
@@ -96,7 +95,7 @@ class ApgdSlots(Slots):
             done = done | (self.active & reached)
         if gradient is not None:
             self._record(value, gradient)
-            gradient = self._reconsider(gradient)
+            self._reconsider(gradient)
             self._move(climbing & ~done, gradient)
         self.begin_again(ended & ~done)
         return self.leave(done)
@@ -110,34 +109,35 @@ class ApgdSlots(Slots):
         self.top = torch.where(per_row(higher), self.now, self.top)
         self.top_gradient = torch.where(per_row(higher), gradient, self.top_gradient)
 
-    def _reconsider(self, gradient: Tensor) -> Tensor:
+    def _reconsider(self, gradient: Tensor) -> None:
         """At checkpoints: halve the step and go back to the best point if fewer than RISING of the steps rose, or if
-        neither step size nor best value changed since the checkpoint before. Returns the gradient at `now`."""
+        neither step size nor best value changed since the checkpoint before. `gradient` stays that at `now`."""
         span = self.spans[self.step]
         here = span > 0
         if not bool(here.any()):
-            return gradient
+            return
         stuck = ~self.halved & (self.top_value <= self.seen)
         halve = here & ((self.rises < RISING * span) | stuck)
-        back = per_row(halve)
         # `before` stays: the momentum of the next step is the way from there to the best point, as in the algorithm.
-        self.now = torch.where(back, self.top, self.now)
+        assign(self.now, self.top, halve)
+        assign(gradient, self.top_gradient, halve)
         self.value = torch.where(halve, self.top_value, self.value)
         self.size = torch.where(halve, self.size / 2, self.size)
         self.seen = torch.where(here, self.top_value, self.seen)
         self.halved = torch.where(here, halve, self.halved)
         self.rises = torch.where(here, torch.zeros_like(self.rises), self.rises)
-        return torch.where(back, self.top_gradient, gradient)
 
     def _move(self, moving: Tensor, gradient: Tensor) -> None:
         """Equation (1) of the paper: a projected step, mixed with the last movement."""
-        aim = self._inside(self.now + per_row(self.size) * self.plan.norm.step(gradient))
-        mixed = self.now + MOMENTUM * (aim - self.now) + (1 - MOMENTUM) * (self.now - self.before)
-        moved = torch.where(per_row(self.step == 0), aim, self._inside(mixed))
-        self.before = torch.where(per_row(moving), self.now, self.before)
-        self.now = torch.where(per_row(moving), moved, self.now)
+        aim = self._inside(self.plan.norm.step(gradient).mul_(per_row(self.size)).add_(self.now))
+        mixed = (aim - self.now).mul_(MOMENTUM).add_(self.now).add_((self.now - self.before).mul_(1 - MOMENTUM))
+        moved = self._inside(mixed)
+        assign(moved, aim, self.step == 0)
+        assign(moved, self.now, ~moving)
+        self.before = self.now  # of those that do not move as well, which start again or leave
+        self.now = moved
         self.step = self.step + moving
 
     def _inside(self, images: Tensor) -> Tensor:
-        """Projected onto the ball and cut to the box."""
-        return (self.clean + self.plan.norm.project(images - self.clean, self.plan.eps)).clamp_(0, 1)
+        """Projected onto the ball and cut to the box; `images` are written over."""
+        return self.plan.norm.project(images.sub_(self.clean), self.plan.eps).add_(self.clean).clamp_(0, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rbkit.tools.flow import flow, polling
 from rbkit.tools.norms import Norm
-from rbkit.tools.slots import Ascent, Batch, Context, Objective, Outcome, Slots, Start
+from rbkit.tools.slots import Ascent, Batch, Context, Objective, Outcome, Slots, Start, assign
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def climb(images: Tensor, gradient: Tensor, clean: Tensor, plan: Plan) -> Tensor
 
 
 def projected(images: Tensor, move: Tensor, clean: Tensor, plan: Plan) -> Tensor:
-    """`images` moved by `move`, back on the ball around `clean` and in the box; all (N, C, H, W)."""
-    delta = images + move - clean
-    moved = clean + plan.norm.project(delta, plan.eps)
+    """`images` moved by `move`, which is written over, back on the ball around `clean` and in the box; all (N, C, H, W)."""
+    delta = move.add_(images).sub_(clean)
+    moved = plan.norm.project(delta, plan.eps).add_(clean)
     return moved.clamp_(0, 1) if plan.box else moved
 
 
@@ -64,12 +64,8 @@ class Climb(Slots):
     """Steps of a fixed length (see Plan)."""
 
     def __init__(self, objective: Objective, plan: Plan, like: Batch, *, block: int) -> None:
-        super().__init__(objective, like, block=block)
+        super().__init__(objective, like, block=block, start=plan.start)
         self.plan = plan
-
-    def begin(self, slots: Tensor) -> None:
-        """The start of the plan."""
-        self.now[slots] = self.started(slots, self.plan.start)
 
     def advance(self) -> Tensor:
         """Evaluate every slot, keep what is better, step."""
@@ -95,7 +91,9 @@ class Climb(Slots):
         return self.improved(value, reached)
 
     def _move(self, moving: Tensor, gradient: Tensor) -> None:
-        self.now = torch.where(moving[:, None, None, None], self.moved(gradient), self.now)
+        moved = self.moved(gradient)
+        assign(moved, self.now, ~moving)
+        self.now = moved
         self.step = self.step + moving
 
     def moved(self, gradient: Tensor) -> Tensor:

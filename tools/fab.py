@@ -85,13 +85,13 @@ class FabSlots(Slots):
     """Slots with the nearest broken point of an example in `best`: its value is minus the distance."""
 
     def __init__(self, objective: Objective, plan: Fab, like: Batch, *, block: int) -> None:
-        super().__init__(objective, like, block=block)
+        super().__init__(objective, like, block=block, start=plan.start)
         self.plan = plan
 
-    def begin(self, slots: Tensor) -> None:
+    def started(self, ids: Tensor, clean: Tensor, restart: Tensor) -> Tensor:
         """The first restart of each target begins at the image itself, the others at random."""
-        first = (self.restart[slots] < self.rounds)[:, None, None, None]
-        self.now[slots] = torch.where(first, self.clean[slots], self.started(slots, self.plan.start))
+        first = restart < self.rounds
+        return clean if bool(first.all()) else torch.where(per_row(first), clean, super().started(ids, clean, restart))
 
     def advance(self) -> Tensor:
         """Look where every slot stands, go back where the model errs, then step towards the boundary."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -19,12 +20,13 @@ PATIENCE = 3  # evaluations of a full block that it costs to tell whether a row'
 
 @dataclass
 class _Entry:
-    """A batch on its way: which rows still wait for a slot and how many are not done."""
+    """A batch on its way: which rows still wait for a slot, where the next of them begin, and how many are not done."""
 
     batch: Batch
     outcome: Outcome
-    waiting: deque[int] = field(default_factory=deque)
-    left: int = 0
+    waiting: deque[int]
+    begun: Tensor
+    left: int
 
 
 def polling(batches: Iterable[Batch]) -> Poll:
@@ -89,7 +91,7 @@ class Flow:
             return False
         skip = torch.zeros(len(batch), dtype=torch.bool) if batch.skip is None else batch.skip.cpu()
         waiting = deque((~skip).nonzero()[:, 0].tolist())
-        self.entries.append(_Entry(batch, Outcome.of(batch), waiting, len(waiting)))
+        self.entries.append(_Entry(batch, Outcome.of(batch), waiting, batch.clean[:0], len(waiting)))
         return True
 
     def fill(self, slots: Slots) -> None:
@@ -106,12 +108,21 @@ class Flow:
                 if self.refill and self.ask(False):
                     continue
                 return
-            count = min(len(free), len(entry.waiting))
+            if not len(entry.begun):
+                self._draw(entry, slots)
+            count = min(len(free), len(entry.begun))
             taken, free = free[:count], free[count:]
+            first, entry.begun = entry.begun[:count], entry.begun[count:]
             rows = [entry.waiting.popleft() for _ in taken]
             device = slots.ids.device
-            slots.load(torch.tensor(taken, device=device), entry.batch, torch.tensor(rows, device=device))
+            slots.load(torch.tensor(taken, device=device), entry.batch, torch.tensor(rows, device=device), first)
             self.owner.update({slot: (entry, row) for slot, row in zip(taken, rows, strict=True)})
+
+    def _draw(self, entry: _Entry, slots: Slots) -> None:
+        """Where the next block of waiting rows begin: slots become free by ones and twos, for which drawing takes as long."""
+        batch = entry.batch
+        rows = torch.tensor(list(islice(entry.waiting, self.block)), device=batch.ids.device)
+        entry.begun = slots.started(batch.ids[rows], batch.clean[rows], torch.zeros_like(rows))
 
     def _narrow(self, slots: Slots) -> None:
         """Once no row is waiting or can come, let those at work move together into the narrowest block that fits."""

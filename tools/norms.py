@@ -45,7 +45,7 @@ def l2_step(gradient: Tensor) -> Tensor:
     largest = gradient.abs().amax(dim=(1, 2, 3))
     scaled = gradient / per_row(torch.where(largest > 0, largest, torch.ones_like(largest)))
     size = l2_size(scaled)
-    return scaled / per_row(torch.where(size > 0, size, torch.ones_like(size)))
+    return scaled.div_(per_row(torch.where(size > 0, size, torch.ones_like(size))))
 
 
 def l2_project(delta: Tensor, eps: float) -> Tensor:

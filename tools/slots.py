@@ -64,15 +64,28 @@ class Outcome:
         value = torch.full((n,), float("-inf"), device=device)
         return cls(batch.clean.clone(), value, torch.zeros(n, dtype=torch.bool, device=device), *counts)
 
+    def clear(self, rows: Tensor) -> None:
+        """Let these rows, int64 indices, stand as before any climbing, but for their images."""
+        self.value[rows], self.reached[rows] = float("-inf"), False
+        self.forwards[rows] = self.backwards[rows] = self.zero_gradients[rows] = 0
+
+
+def place(target: Tensor, slots: Tensor, images: Tensor) -> None:
+    """Write `images` (S, C, H, W) into `slots`, int64 (S,), of `target` (B, C, H, W).
+
+    `target` is channels last: as (B, H, W, C) its rows are written whole.
+    """
+    target.permute(0, 2, 3, 1).index_copy_(0, slots, images.permute(0, 2, 3, 1))
+
 
 def assign(target: Tensor, source: Tensor, chosen: Tensor) -> None:
     """Copy the rows of `source` that are `chosen`, bool (B,), into `target`: they are few where little improves.
 
-    Both (B, C, H, W), channels last: as (B, H, W, C) their rows are copied whole.
+    Both (B, C, H, W), channels last.
     """
     rows = chosen.nonzero()[:, 0]
     if len(rows):
-        target.permute(0, 2, 3, 1).index_copy_(0, rows, source.permute(0, 2, 3, 1).index_select(0, rows))
+        place(target, rows, source.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2))
 
 
 def surpasses(value: Tensor, reached: Tensor, best: Tensor, best_reached: Tensor) -> Tensor:
@@ -91,9 +104,9 @@ class Slots(ABC):
 
     STATE: tuple[str, ...] = ("ids", "clean", "now", "step", "restart", "active")
 
-    def __init__(self, objective: Objective, like: Batch, *, block: int) -> None:
+    def __init__(self, objective: Objective, like: Batch, *, block: int, start: Start | None = None) -> None:
         device = like.clean.device
-        self.objective, self.block = objective, block
+        self.objective, self.block, self.start = objective, block, start
         # Idle slots hold a real row, so that padding is ordinary arithmetic.
         self.ids = like.ids[:1].repeat(block)
         self.clean = like.clean[:1].repeat(block, 1, 1, 1).contiguous(memory_format=torch.channels_last)
@@ -104,22 +117,26 @@ class Slots(ABC):
         self.restart = torch.zeros(block, dtype=torch.int64, device=device)
         self.active = torch.zeros(block, dtype=torch.bool, device=device)
 
-    @abstractmethod
     def begin(self, slots: Tensor) -> None:
-        """Set up the restart that `slots` (int64 indices) are at; their step is 0."""
+        """Forget what other restarts left in `slots` (int64 indices): `now` is where theirs begins, their step is 0."""
+        return  # an iterate is all that is remembered, where a kind does not say otherwise
 
     @abstractmethod
     def advance(self) -> Tensor:
         """One evaluation of every slot, and what follows from it; returns the slots that are done (int64 indices)."""
 
-    def load(self, slots: Tensor, batch: Batch, rows: Tensor) -> None:
-        """Put `rows` of `batch` into `slots`."""
-        self.ids[slots], self.clean[slots] = batch.ids[rows], batch.clean[rows]
+    def started(self, ids: Tensor, clean: Tensor, restart: Tensor) -> Tensor:
+        """Where these restarts of some rows begin, (N, C, H, W), in whatever slots: at `start`, or at the image itself."""
+        return clean if self.start is None else self.start(ids, clean, restart)
+
+    def load(self, slots: Tensor, batch: Batch, rows: Tensor, first: Tensor) -> None:
+        """Put `rows` of `batch` into `slots`; their first restart begins at `first`."""
+        self.ids[slots], clean = batch.ids[rows], batch.clean[rows]
         for key, values in batch.context.items():
             self.context[key][slots] = values[rows]
-        fresh = Outcome.of(Batch(self.ids[slots], self.clean[slots], {}))
-        for name in PER_SLOT:
-            getattr(self.best, name)[slots] = getattr(fresh, name)
+        for target, images in ((self.clean, clean), (self.best.images, clean), (self.now, first)):
+            place(target, slots, images)
+        self.best.clear(slots)
         self.step[slots], self.restart[slots], self.active[slots] = 0, 0, True
         self._aim(slots)
         self.begin(slots)
@@ -146,11 +163,6 @@ class Slots(ABC):
         """Let `target` of the context be the one that the restart of `slots` is for."""
         if "targets" in self.context:
             self.context["target"][slots] = self.context["targets"][slots, self.restart[slots] % self.rounds]
-
-    def started(self, slots: Tensor, start: Start | None) -> Tensor:
-        """First iterates of `slots` in the restart that they are at."""
-        clean = self.clean[slots]
-        return clean if start is None else start(self.ids[slots], clean, self.restart[slots])
 
     def evaluate(self, climbing: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(value, reached, gradient) at `now`, counted; the gradient only if a slot is `climbing`, bool (B,)."""
@@ -183,6 +195,7 @@ class Slots(ABC):
             self.step[slots] = 0
             self.restart[slots] += 1
             self._aim(slots)
+            place(self.now, slots, self.started(self.ids[slots], self.clean[slots], self.restart[slots]))
             self.begin(slots)
 
     def leave(self, done: Tensor) -> Tensor:

@@ -93,16 +93,19 @@ class SquareSlots(Slots):
         """The side of a patch that covers so much of an image."""
 
     @abstractmethod
-    def first(self, slots: Tensor) -> Tensor:
-        """First perturbations of `slots`, inside the ball."""
+    def first(self, ids: Tensor, restart: Tensor) -> Tensor:
+        """First perturbations of rows, inside the ball, (N, C, H, W)."""
 
     @abstractmethod
     def proposal(self, tries: Tries) -> Tensor:
         """Images of the rows of `tries`, inside the ball; the box is cut later."""
 
+    def started(self, ids: Tensor, clean: Tensor, restart: Tensor) -> Tensor:
+        """Images with their first perturbation."""
+        return (clean + self.first(ids, restart)).clamp(0, 1)
+
     def begin(self, slots: Tensor) -> None:
-        """The first image of a restart."""
-        self.now[slots] = (self.clean[slots] + self.first(slots)).clamp(0, 1)
+        """No best image yet."""
         self.top_value[slots] = float("-inf")
         self.tries = None
 
@@ -176,12 +179,10 @@ class SquareSlots(Slots):
                 rows = (sides == side).nonzero()[:, 0]
                 yield rows, side, words[rows]
 
-    def signs(self, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Signs of the first perturbation, -1 or 1, (len(slots), *shape)."""
-        words = random.words(
-            self.ids[slots], math.prod(shape), seed=self.plan.seed, purpose="square start", draw=self.restart[slots]
-        )
-        return _sign(words).reshape(len(slots), *shape)
+    def signs(self, ids: Tensor, restart: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Signs of first perturbations, -1 or 1, (N, *shape)."""
+        words = random.words(ids, math.prod(shape), seed=self.plan.seed, purpose="square start", draw=restart)
+        return _sign(words).reshape(len(ids), *shape)
 
     def patch(self, rows: Tensor, side: int, words: Tensor) -> Patch:
         """Patches anywhere in the images of these rows, uniform where they fit; two words each (G, 2)."""
@@ -234,10 +235,10 @@ class LinfSlots(SquareSlots):
         height, width = self.clean.shape[2:]
         return min(max(round(math.sqrt(share * height * width)), 1), height, width)
 
-    def first(self, slots: Tensor) -> Tensor:
+    def first(self, ids: Tensor, restart: Tensor) -> Tensor:
         """Stripes one pixel wide, with a sign per channel."""
         channels, height, width = self.clean.shape[1:]
-        return self.plan.eps * self.signs(slots, (channels, 1, width)).expand(-1, -1, height, -1)
+        return self.plan.eps * self.signs(ids, restart, (channels, 1, width)).expand(-1, -1, height, -1)
 
     def proposal(self, tries: Tries) -> Tensor:
         """The best image with a patch at the edge of the ball."""
@@ -261,13 +262,13 @@ class L2Slots(SquareSlots):
         wanted = max(round(math.sqrt(share * height * width)), 3)
         return min(wanted + (wanted % 2 == 0), height, width)
 
-    def first(self, slots: Tensor) -> Tensor:
+    def first(self, ids: Tensor, restart: Tensor) -> Tensor:
         """Tiles of the patch with a sign per tile and channel, scaled to the radius."""
         channels, height, width = self.clean.shape[1:]
         side = max(min(height, width) // TILES, 1)
         down, across = -(-height // side), -(-width // side)
         tile = pyramid(side).to(self.clean.device).repeat(down, across)
-        signs = self.signs(slots, (channels, down, across)).repeat_interleave(side, 2).repeat_interleave(side, 3)
+        signs = self.signs(ids, restart, (channels, down, across)).repeat_interleave(side, 2).repeat_interleave(side, 3)
         return self.scaled((signs * tile)[:, :, :height, :width])
 
     def proposal(self, tries: Tries) -> Tensor:

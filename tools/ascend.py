@@ -50,7 +50,7 @@ def climb(images: Tensor, gradient: Tensor, clean: Tensor, plan: Plan) -> Tensor
 
     Shapes: all (N, C, H, W). Source: Madry et al. 2018, section 2.1.
     """
-    return projected(images, plan.step_size * plan.norm.step(gradient), clean, plan)
+    return projected(images, plan.norm.step(gradient).mul_(plan.step_size), clean, plan)
 
 
 def projected(images: Tensor, move: Tensor, clean: Tensor, plan: Plan) -> Tensor:

@@ -42,7 +42,7 @@ def l2_step(gradient: Tensor) -> Tensor:
 
     Scaled by its largest entry first, so that the direction survives gradients too small to square.
     """
-    largest = gradient.abs().amax(dim=(1, 2, 3))
+    largest = linf_size(gradient)
     scaled = gradient / per_row(torch.where(largest > 0, largest, torch.ones_like(largest)))
     size = l2_size(scaled)
     return scaled.div_(per_row(torch.where(size > 0, size, torch.ones_like(size))))

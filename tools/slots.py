@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rbkit.tools.norms import linf_size
+
 Context = Mapping[str, Tensor]
 Start = Callable[[Tensor, Tensor, Tensor], Tensor]
 PER_SLOT = ("images", "value", "reached", "forwards", "backwards", "zero_gradients")  # fields of Outcome
@@ -174,7 +176,7 @@ class Slots(ABC):
         self.best.forwards += self.active
         self.best.backwards += climbing
         if gradient is not None:
-            self.best.zero_gradients += climbing & (gradient.abs().amax(dim=(1, 2, 3)) == 0)
+            self.best.zero_gradients += climbing & (linf_size(gradient) == 0)
         return value.detach(), reached, gradient
 
     def keep(self, better: Tensor, images: Tensor, value: Tensor, reached: Tensor) -> None:

@@ -150,6 +150,22 @@ def test_restarts_keep_the_best_of_each_example():
     assert torch.equal(found, torch.stack([single[b][0][i] for i, b in enumerate(best.tolist())]))
 
 
+@pytest.mark.parametrize(
+    ("keep", "restarts", "widest"), [("best", 3, 24), ("last", 3, 24), ("batch", 3, 8), ("best", 1, 8)]
+)
+def test_restarts_lie_side_by_side_and_few_rows_in_a_narrow_block(keep, restarts, widest):
+    """7 rows are computed 8 at a time once it pays to ask, and those of 3 restarts 22 or 24, unless the mean of each counts."""
+    evaluation, spec = toys.evaluation(NET, 64), Inversion("representation", steps=20, step_size=0.1, keep=keep)
+    sizes = []
+    evaluation.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    invert(evaluation, X, [grey(draw) for draw in range(restarts)], spec, ids=IDS)
+    narrow = [size for size in sizes if size < evaluation.block]
+    evaluations = (20 + 1) * (restarts if keep == "batch" else 1)
+    assert max(narrow) in (widest, widest - 2)
+    assert sizes.count(evaluation.block) < 0.4 * evaluations
+    assert len(sizes) < evaluations + 10 * restarts
+
+
 @pytest.mark.parametrize("objective", ["ce", "logit"])
 def test_class_images_raise_their_class(objective):
     evaluation, spec = toys.evaluation(NET), Inversion("class", steps=25, step_size=0.2, objective=objective)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rbkit.tools.flow import flow, polling
+from rbkit.tools.flow import Narrowest, flow, polling
 from rbkit.tools.norms import Norm
 from rbkit.tools.slots import Ascent, Batch, Context, Objective, Outcome, Slots, Start, assign
 
@@ -101,9 +101,16 @@ class Climb(Slots):
         return climb(self.now, gradient, self.clean, self.plan)
 
 
-def ascend(objective: Objective, plan: Ascent, batch: Batch, *, block: int) -> Outcome:
-    """Climb from every row of one batch."""
-    return next(flow(objective, plan, polling([batch]), block=block))[1]
+def ascend(
+    objective: Objective,
+    plan: Ascent,
+    batch: Batch,
+    *,
+    block: int,
+    widths: Narrowest | None = None,
+) -> Outcome:
+    """Climb from every row of one batch; the last rows in a narrower block where `widths` says so (see Flow)."""
+    return next(flow(objective, plan, polling([batch]), block=block, widths=widths))[1]
 
 
 def drive(objective: Objective, plan: Plan, batch: Batch) -> Tensor:

@@ -48,8 +48,12 @@ def _area(curve: Tensor) -> Tensor:
 
 def random_order(batch: Batch) -> Tensor:
     """Locations in random order, keyed by id, (N, H W)."""
-    size = batch.image[0, 0].numel()
-    return random.uniform(batch.ids, (size,), seed=0, purpose="random order").argsort(dim=1, stable=True)
+
+    def drawn() -> Tensor:
+        size = batch.image[0, 0].numel()
+        return random.uniform(batch.ids, (size,), seed=0, purpose="random order").argsort(dim=1, stable=True)
+
+    return batch.once("random order", drawn)
 
 
 def order_of(batch: Batch, *, most: bool = True) -> Tensor:

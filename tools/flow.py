@@ -14,6 +14,7 @@ from torch import Tensor
 from rbkit.tools.slots import PER_SLOT, Ascent, Batch, Objective, Outcome, Slots
 
 Poll = Callable[[bool], Batch | None]
+Narrowest = Callable[[int, Tensor], int]  # see Flow
 T = TypeVar("T")
 PATIENCE = 3  # evaluations of a full block that it costs to tell whether a row's numbers are the same in a narrower one
 
@@ -51,7 +52,7 @@ class Flow:
         *,
         block: int,
         refill: bool = True,
-        widths: Callable[[int, Tensor], int] | None = None,
+        widths: Narrowest | None = None,
     ) -> None:
         self.widths = widths if refill else None
         self.padded = 0.0
@@ -156,14 +157,20 @@ class Flow:
 
 
 def flow(
-    objective: Objective, plan: Ascent, poll: Poll, *, block: int, refill: bool = True
+    objective: Objective,
+    plan: Ascent,
+    poll: Poll,
+    *,
+    block: int,
+    refill: bool = True,
+    widths: Narrowest | None = None,
 ) -> Iterator[tuple[Batch, Outcome]]:
     """Climb from every row of the batches of `poll`; batches leave in the order in which they came.
 
     Slots are refilled across batches that are ready (`poll(False)`); nothing waits for input while rows can climb.
-    Without `refill` a block takes rows of one batch and keeps them until all are done.
+    Without `refill` a block takes rows of one batch and keeps them until all are done. widths: see Flow.
     """
-    yield from finished(Flow(objective, plan, poll, block=block, refill=refill).poll)
+    yield from finished(Flow(objective, plan, poll, block=block, refill=refill, widths=widths).poll)
 
 
 def finished(poll: Callable[[bool], T | None]) -> Iterator[T]:

@@ -6,6 +6,7 @@ al. 2019 (arXiv 1906.09453) for class images. Losses are per example: a batch eq
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,8 @@ from rbkit.tools.fake_relu import fake_last_relu
 from rbkit.tools.losses import LOSSES
 from rbkit.tools.models import Evaluation, features_of, in_blocks
 from rbkit.tools.norms import L2
-from rbkit.tools.slots import Batch, Context, Objective, Outcome
+from rbkit.tools.sameness import narrowing
+from rbkit.tools.slots import Batch, Context, Objective, joined
 
 STEP_SIZES = {"normalised": 0.5, "plain": 1.0, "adam": 0.02}  # of each optimizer, where none is asked for
 
@@ -122,20 +124,35 @@ def differentiable(evaluation: Evaluation, spec: Inversion, images: Tensor) -> E
     return fake_last_relu(evaluation, block)
 
 
+def _climbed(
+    evaluation: Evaluation, objective: Objective, spec: Inversion, runs: list[Batch]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images (N, C, H, W) that each run reaches, and their values (N,).
+
+    Runs lie side by side in a block, but where its mean tells which iterate is kept.
+    """
+    widths, count = narrowing(evaluation), len(runs[0])
+    for batch in runs if spec.keep == "batch" else [joined(runs)]:
+        outcome = ascend(objective, spec.plan(), batch, block=evaluation.block, widths=widths)
+        yield from zip(outcome.images.split(count), outcome.value.split(count), strict=True)
+
+
 def _best_of(
-    objective: Objective, spec: Inversion, ids: Tensor, starts: list[Tensor], context: dict[str, Tensor], block: int
-) -> Outcome:
-    """Climb from each list of starts and keep the best per example; its value is without the penalty again."""
-    objective = smoothed(objective, tv=spec.tv)
-    best = ascend(objective, spec.plan(), Batch(ids, starts[0], context), block=block)
-    for start in starts[1:]:
-        other = ascend(objective, spec.plan(), Batch(ids, start, context), block=block)
-        better = other.value > best.value
-        best.images = torch.where(better[:, None, None, None], other.images, best.images)
-        best.value = torch.where(better, other.value, best.value)
-    if spec.tv:
-        best.value = best.value + spec.tv * total_variation(best.images)
-    return best
+    evaluation: Evaluation,
+    objective: Objective,
+    spec: Inversion,
+    ids: Tensor,
+    starts: list[Tensor],
+    context: dict[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The images (N, C, H, W) of the best restart of each example, and their values (N,) without the penalty."""
+    runs = [Batch(ids, start, context) for start in starts]
+    (images, value), *others = _climbed(evaluation, smoothed(objective, tv=spec.tv), spec, runs)
+    for other, its in others:
+        better = its > value
+        images = torch.where(better[:, None, None, None], other, images)
+        value = torch.where(better, its, value)
+    return images, value + spec.tv * total_variation(images) if spec.tv else value
 
 
 def invert(
@@ -148,24 +165,25 @@ def invert(
     goal = features_of(evaluation, images, layer=spec.layer)
     through = differentiable(evaluation, spec, images)
     objective = representation_objective(through, layer=spec.layer)
-    outcome = _best_of(objective, spec, ids, starts, {"goal": goal}, evaluation.block)
-    return outcome.images, -outcome.value
+    found, value = _best_of(through, objective, spec, ids, starts, {"goal": goal})
+    return found, -value
 
 
 def class_images(
     evaluation: Evaluation, labels: Tensor, starts: list[Tensor], spec: Inversion, *, ids: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Images that the model holds for typical of `labels`: (images (N, C, H, W), loss (N,))."""
-    objective = class_objective(differentiable(evaluation, spec, starts[0]), kind=spec.objective)
-    outcome = _best_of(objective, spec, ids, starts, {"label": labels}, evaluation.block)
-    return outcome.images, -outcome.value
+    through = differentiable(evaluation, spec, starts[0])
+    objective = class_objective(through, kind=spec.objective)
+    found, value = _best_of(through, objective, spec, ids, starts, {"label": labels})
+    return found, -value
 
 
 def unit_images(evaluation: Evaluation, units: Tensor, starts: list[Tensor], spec: Inversion) -> tuple[Tensor, Tensor]:
     """Images that excite single units: (images (U, C, H, W), activation (U,))."""
-    objective = unit_objective(differentiable(evaluation, spec, starts[0]), layer=spec.layer)
-    outcome = _best_of(objective, spec, units, starts, {"unit": units}, evaluation.block)
-    return outcome.images, outcome.value
+    through = differentiable(evaluation, spec, starts[0])
+    objective = unit_objective(through, layer=spec.layer)
+    return _best_of(through, objective, spec, units, starts, {"unit": units})
 
 
 def top_images(evaluation: Evaluation, images: Tensor, units: Tensor, *, layer: str | None, count: int) -> Tensor:

@@ -7,7 +7,7 @@ A row's numbers depend neither on its slot nor on its neighbours. Kinds of ascen
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,6 +45,12 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of all, in order; none is skipped, and there is no tag."""
+    ids, clean = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids", "clean"))
+    return Batch(ids, clean, {key: torch.cat([batch.context[key] for batch in batches]) for key in batches[0].context})
 
 
 @dataclass

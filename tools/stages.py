@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rbkit.tools import random
 from rbkit.tools.attack import Attack
-from rbkit.tools.flow import Flow, Poll, finished
+from rbkit.tools.flow import Flow, Narrowest, Poll, finished
 from rbkit.tools.gpu import products
 from rbkit.tools.models import Evaluation
 from rbkit.tools.norms import NORMS
-from rbkit.tools.sameness import Widths
+from rbkit.tools.sameness import narrowing
 from rbkit.tools.slots import Batch, Outcome
 
 
@@ -57,8 +57,7 @@ def run(
     With a `judge`, images are made on `evaluation`, always to the end, and success is what the judge says. With `tf32`
     they are made by products in TF32 on a GPU, and judged in float32.
     """
-    # On a GPU a narrower block hardly takes less time, and has other last bits.
-    source, widths = poll, None if evaluation.device.type == "cuda" else Widths(evaluation)
+    source, widths = poll, narrowing(evaluation)
     for stage in spec.stages():
         source = _Stage(evaluation, stage, source, refill=refill, judge=judge, widths=widths, tf32=tf32).poll
     for batch in finished(source):
@@ -76,21 +75,14 @@ class _Stage:
         *,
         refill: bool,
         judge: Evaluation | None,
-        widths: Widths | None,
+        widths: Narrowest | None,
         tf32: bool,
     ) -> None:
         self.evaluation, self.judge, self.source, self.tf32 = evaluation, judge, source, tf32
         self.spec = spec if judge is None else replace(spec, until="end")
         self.goal = spec.goal(evaluation)
         block = evaluation.block
-        self.flow = Flow(
-            self.goal,
-            self.spec.ascent(),
-            self._ready,
-            block=block,
-            refill=refill,
-            widths=None if widths is None else widths.narrowest,
-        )
+        self.flow = Flow(self.goal, self.spec.ascent(), self._ready, block=block, refill=refill, widths=widths)
 
     def _ready(self, wait: bool) -> Batch | None:
         batch = self.source(wait)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import nn
 
 from rbkit.tools.attack import pgd
 from rbkit.tools.flow import polling
+from rbkit.tools.models import Evaluation
 from rbkit.tools.slots import Batch
 from rbkit.tools.stages import run
 
-STEPS, SPRINT = 20, 2
+STEPS, SPRINT, WIDE = 20, 2, 128
 
 
 def ours(place: Bed, *, norm: str, **options: Any) -> Told:
@@ -96,9 +98,11 @@ def attack_group(place: Bed, title: str, *, norm: str) -> Group:
 
 
 def accuracy_group(place: Bed, title: str, *, asked: float, rounds: int, warm: bool = True) -> Group:
-    """Robust accuracy: ours, where a broken image leaves its place to the next one, also with a sprint first."""
+    """Robust accuracy: ours, where a broken image leaves its place to the next one, also with a sprint first or in wide blocks."""
+    wide = replace(place, best=Evaluation(place.plain, block=WIDE))
     contenders = {
         "rbkit": functools.partial(ours, place, norm="l2"),
+        f"rbkit --block {WIDE}": functools.partial(ours, wide, norm="l2"),
         f"rbkit --sprint {SPRINT}": functools.partial(ours, place, norm="l2", sprint=SPRINT),
     }
     peers = {"torchattacks": functools.partial(torchattacks_pgd, place, norm="l2")}
@@ -117,11 +121,11 @@ def attacks(setting: Setting) -> Iterator[Group]:
 
 def accuracy(setting: Setting) -> Iterator[Group]:
     """On enough images for the last blocks, which are no longer full, to matter little: of eight blocks they are a tenth."""
-    count = setting.size(1024)
     for model, asked in (("standard", 6), ("robust", 3)):
-        yield accuracy_group(setting.bed(model, count), f"{model} resnet8", asked=asked, rounds=3, warm=False)
+        place = setting.bed(model, setting.size(1024))
+        yield accuracy_group(place, f"{model} resnet8", asked=asked, rounds=3, warm=False)
         if setting.pictures is not None:
-            place = setting.picture_bed(model, count)
+            place = setting.picture_bed(model, setting.size(4096 if setting.full else 1024))
             yield accuracy_group(place, f"{model} resnet8 on pictures", asked=asked, rounds=3, warm=False)
 
 

@@ -10,7 +10,7 @@ from toys import C, H, K, N, W, convnet, evaluation, generator, images, linear, 
 from rbkit.tools import attack, losses, stages
 from rbkit.tools.apgd import Apgd, checkpoints
 from rbkit.tools.ascend import ascend
-from rbkit.tools.flow import flow, polling
+from rbkit.tools.flow import polling
 from rbkit.tools.models import Classifier
 from rbkit.tools.norms import NORMS
 from rbkit.tools.slots import Batch
@@ -143,7 +143,7 @@ def test_a_refilled_slot_starts_over():
     label = predictions(model, x)
     plan = attack.apgd_ce(norm="l2", eps=0.2, steps=7).ascent()
     goal = attack.objective(evaluation(model))
-    ((_, whole),) = flow(goal, plan, polling([Batch(ids, x, {"label": label})]), block=32)
+    whole = ascend(goal, plan, Batch(ids, x, {"label": label}), block=32)
     assert whole.backwards.unique().numel() > 3
     for row in (3, 40, 69):
         alone = ascend(

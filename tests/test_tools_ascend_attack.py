@@ -16,7 +16,7 @@ from rbkit.tools import ascend as loop
 from rbkit.tools import attack, losses, stages
 from rbkit.tools.architectures import build
 from rbkit.tools.ascend import Plan, ascend
-from rbkit.tools.flow import flow, polling
+from rbkit.tools.flow import Flow, finished, polling
 from rbkit.tools.models import Classifier
 from rbkit.tools.norms import L2, LINF, NORMS, per_row
 from rbkit.tools.slots import Batch
@@ -484,7 +484,7 @@ def test_slots_hold_only_one_block():
         return x.flatten(1).sum(1), torch.zeros(len(x), dtype=torch.bool)
 
     batch = Batch(torch.arange(100), images(100), {})
-    results = list(flow(measure, Plan(L2, 1.0, 0.1, 2), polling([batch]), block=32))
+    results = list(finished(Flow(measure, Plan(L2, 1.0, 0.1, 2), polling([batch]), block=32).poll))
     assert widths == {32} and len(results) == 1
 
 

@@ -7,7 +7,7 @@ from toys import generator
 
 from rbkit.tools import architectures, attack, models, sameness
 from rbkit.tools.ascend import Plan, ascend
-from rbkit.tools.flow import flow, polling
+from rbkit.tools.flow import Flow, polling
 from rbkit.tools.norms import L2
 from rbkit.tools.slots import Batch
 
@@ -64,5 +64,5 @@ def test_without_refilling_a_block_keeps_its_rows() -> None:
 
     batch = Batch(torch.arange(40), torch.rand(40, 2, 6, 5), {"label": torch.zeros(40, dtype=torch.int64)})
     plan = attack.pgd(norm="l2", eps=0.1, steps=3, until="end").plan()
-    ((_, outcome),) = flow(attack.objective(counted), plan, polling([batch]), block=32, refill=False)
+    _, outcome = Flow(attack.objective(counted), plan, polling([batch]), block=32, refill=False).poll(True)
     assert calls == [32] * 8 and outcome.forwards.tolist() == [4] * 40

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rbkit.tools.flow import Narrowest, flow, polling
+from rbkit.tools.flow import Flow, Narrowest, finished, polling
 from rbkit.tools.norms import Norm
 from rbkit.tools.slots import Ascent, Batch, Context, Objective, Outcome, Slots, Start, assign
 
@@ -101,16 +101,9 @@ class Climb(Slots):
         return climb(self.now, gradient, self.clean, self.plan)
 
 
-def ascend(
-    objective: Objective,
-    plan: Ascent,
-    batch: Batch,
-    *,
-    block: int,
-    widths: Narrowest | None = None,
-) -> Outcome:
-    """Climb from every row of one batch; the last rows in a narrower block where `widths` says so (see Flow)."""
-    return next(flow(objective, plan, polling([batch]), block=block, widths=widths))[1]
+def ascend(objective: Objective, plan: Ascent, batch: Batch, *, block: int, widths: Narrowest | None = None) -> Outcome:
+    """Climb from every row of one batch; the last ones in a narrower block where `widths` (see Flow) says so."""
+    return next(finished(Flow(objective, plan, polling([batch]), block=block, widths=widths).poll))[1]
 
 
 def drive(objective: Objective, plan: Plan, batch: Batch) -> Tensor:

@@ -39,6 +39,9 @@ def polling(batches: Iterable[Batch]) -> Poll:
 class Flow:
     """Rows from batches to slots and back, in order: `poll` is a source of finished batches.
 
+    Slots are refilled across batches that are ready (`poll(False)`); nothing waits for input while rows can climb.
+    Without `refill` a block takes rows of one batch and keeps them until all are done.
+
     widths(count, images) is the narrowest block with room for so many rows in which such rows have the same numbers, to the
     last bit. The last rows of the input go on in it, since much of a full block would be padding. As it costs PATIENCE
     evaluations to tell, it is asked when padding has cost as much: a short attack never pays for it.
@@ -154,23 +157,6 @@ class Flow:
             for name in PER_SLOT:
                 getattr(entry.outcome, name).index_copy_(0, to, getattr(slots.best, name)[source])
             entry.left -= len(rows)
-
-
-def flow(
-    objective: Objective,
-    plan: Ascent,
-    poll: Poll,
-    *,
-    block: int,
-    refill: bool = True,
-    widths: Narrowest | None = None,
-) -> Iterator[tuple[Batch, Outcome]]:
-    """Climb from every row of the batches of `poll`; batches leave in the order in which they came.
-
-    Slots are refilled across batches that are ready (`poll(False)`); nothing waits for input while rows can climb.
-    Without `refill` a block takes rows of one batch and keeps them until all are done. widths: see Flow.
-    """
-    yield from finished(Flow(objective, plan, poll, block=block, refill=refill, widths=widths).poll)
 
 
 def finished(poll: Callable[[bool], T | None]) -> Iterator[T]:

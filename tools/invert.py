@@ -129,11 +129,13 @@ def _climbed(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images (N, C, H, W) that each run reaches, and their values (N,).
 
-    Runs lie side by side in a block, but where its mean tells which iterate is kept.
+    Runs lie side by side where a block has room for several, but not where its mean tells which iterate is kept.
     """
-    widths, count = narrowing(evaluation), len(runs[0])
-    for batch in runs if spec.keep == "batch" else [joined(runs)]:
-        outcome = ascend(objective, spec.plan(), batch, block=evaluation.block, widths=widths)
+    widths, block, count = narrowing(evaluation), evaluation.block, len(runs[0])
+    together = 1 if spec.keep == "batch" else max(block // max(count, 1), 1)
+    for first in range(0, len(runs), together):
+        batch = joined(runs[first : first + together])
+        outcome = ascend(objective, spec.plan(), batch, block=block, widths=widths)
         yield from zip(outcome.images.split(count), outcome.value.split(count), strict=True)
 
 

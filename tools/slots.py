@@ -1,6 +1,6 @@
 """Slots: a block of fixed size in which examples climb, each at a step of its own.
 
-A finished example leaves its slot to the next one (`flow`), so that a full block is computed as long as there is work.
+A finished example leaves its slot to the next one (`Flow`), so that a full block is computed as long as there is work.
 A row's numbers depend neither on its slot nor on its neighbours. Kinds of ascent are kinds of `Slots`.
 """
 

@@ -82,7 +82,8 @@ def reason(error: BaseException) -> str:
     """What went wrong, on one line."""
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
-        return f"{name}{error.strerror}"
+        folder = isinstance(error, IsADirectoryError)
+        return f"{name}{'is a folder, expected a file' if folder else error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

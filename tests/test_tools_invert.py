@@ -140,7 +140,7 @@ def test_a_batch_equals_single_runs(mode, optimizer):
 
 def test_restarts_keep_the_best_of_each_example():
     evaluation, spec = toys.evaluation(NET), Inversion("representation", steps=3, step_size=0.1)
-    starts = [grey(), X.roll(1, 0), X.flip(3)]
+    starts = [grey(), X.roll(1, 0), grey(1), grey(2), grey(3), X.flip(3)]  # a block has room for four runs of 7 rows
     single = [invert(evaluation, X, [start], spec, ids=IDS) for start in starts]
     found, loss = invert(evaluation, X, starts, spec, ids=IDS)
     losses = torch.stack([value for _, value in single])
@@ -151,17 +151,17 @@ def test_restarts_keep_the_best_of_each_example():
 
 
 @pytest.mark.parametrize(
-    ("keep", "restarts", "widest"), [("best", 3, 24), ("last", 3, 24), ("batch", 3, 8), ("best", 1, 8)]
+    ("keep", "restarts", "widest"), [("best", 3, 22), ("last", 3, 22), ("batch", 3, 8), ("best", 1, 8)]
 )
 def test_restarts_lie_side_by_side_and_few_rows_in_a_narrow_block(keep, restarts, widest):
-    """7 rows are computed 8 at a time once it pays to ask, and those of 3 restarts 22 or 24, unless the mean of each counts."""
+    """7 rows are computed 8 at a time once it pays to ask, and those of 3 restarts 22 at a time, unless the mean of each counts."""
     evaluation, spec = toys.evaluation(NET, 64), Inversion("representation", steps=20, step_size=0.1, keep=keep)
     sizes = []
     evaluation.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     invert(evaluation, X, [grey(draw) for draw in range(restarts)], spec, ids=IDS)
     narrow = [size for size in sizes if size < evaluation.block]
     evaluations = (20 + 1) * (restarts if keep == "batch" else 1)
-    assert max(narrow) in (widest, widest - 2)
+    assert max(narrow) == widest
     assert sizes.count(evaluation.block) < 0.4 * evaluations
     assert len(sizes) < evaluations + 10 * restarts
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rbkit.tools.flow import Flow, Narrowest, finished, polling
+from rbkit.tools.flow import Flow, finished, polling
 from rbkit.tools.norms import Norm
+from rbkit.tools.sameness import Narrowest
 from rbkit.tools.slots import Ascent, Batch, Context, Objective, Outcome, Slots, Start, assign
 
 

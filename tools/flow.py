@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from rbkit.tools.lanes import Lanes, threads
+from rbkit.tools.sameness import Narrowest
 from rbkit.tools.slots import PER_SLOT, Ascent, Batch, Objective, Outcome, Slots
 
 Poll = Callable[[bool], Batch | None]
-Narrowest = Callable[[int, Tensor], int]  # see Flow
 T = TypeVar("T")
 PATIENCE = 3  # evaluations of a full block that it costs to tell whether a row's numbers are the same in a narrower one
 
@@ -36,6 +38,31 @@ def polling(batches: Iterable[Batch]) -> Poll:
     return lambda wait: next(iterator)
 
 
+@dataclass
+class _Lane:
+    """A block at work: who sits in each of its slots, how much padding it has computed, and its turn if it is computed now."""
+
+    slots: Slots
+    owner: dict[int, tuple[_Entry, int]] = field(default_factory=dict)
+    padded: float = 0.0
+    turn: Future[Tensor] | None = None
+
+    def take(self, width: int) -> None:
+        """Go on in a block of `width` rows, those at work first."""
+        idle = [s for s in range(self.slots.block) if s not in self.owner]
+        kept = (sorted(self.owner) + idle)[:width]
+        kept += kept[-1:] * (width - len(kept))
+        self.slots.take(torch.tensor(kept, device=self.slots.ids.device))
+        self.slots.active[len(self.owner) :] = False
+        self.owner = {new: self.owner[old] for new, old in enumerate(kept[: len(self.owner)])}
+
+    def join(self, other: _Lane) -> None:
+        """Take in the slots of another block, behind those that are here."""
+        self.owner |= {self.slots.block + slot: of for slot, of in other.owner.items()}
+        self.padded += other.padded
+        self.slots.join(other.slots)
+
+
 class Flow:
     """Rows from batches to slots and back, in order: `poll` is a source of finished batches.
 
@@ -45,6 +72,8 @@ class Flow:
     widths(count, images) is the narrowest block with room for so many rows in which such rows have the same numbers, to the
     last bit. The last rows of the input go on in it, since much of a full block would be padding. As it costs PATIENCE
     evaluations to tell, it is asked when padding has cost as much: a short attack never pays for it.
+
+    With `lanes`, as many blocks are computed side by side while there are rows for all of them. The last rows go on in one.
     """
 
     def __init__(
@@ -56,15 +85,15 @@ class Flow:
         block: int,
         refill: bool = True,
         widths: Narrowest | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
-        self.widths = widths if refill else None
-        self.padded = 0.0
+        self.widths, self.lanes = (widths, lanes) if refill else (None, None)
         self.objective, self.plan, self.block = objective, plan, block
         self.source, self.refill = poll, refill
         self.entries: deque[_Entry] = deque()
         self.ended = False
-        self.owner: dict[int, tuple[_Entry, int]] = {}
-        self.slots: Slots | None = None
+        self.open: list[_Lane] = []
+        self.turns = 0
 
     def poll(self, wait: bool) -> tuple[Batch, Outcome] | None:
         """The next finished batch, or None where nothing can be done without waiting. Raises StopIteration at the end."""
@@ -76,11 +105,14 @@ class Flow:
             if not self.entries[0].left:
                 entry = self.entries.popleft()
                 return entry.batch, entry.outcome
-            if self.slots is None:
-                self.slots = self.plan.slots(self.objective, self.entries[0].batch, block=self.block)
-            self.fill(self.slots)
-            self._narrow(self.slots)
-            self.collect(self.slots, self.slots.advance())
+            if not self.open:
+                self.open.append(self._lane())
+            self._spread()
+            self._gather()
+            if len(self.open) > 1:
+                self._side_by_side()
+            else:
+                self._alone()
 
     def ask(self, wait: bool) -> bool:
         """Take in one more batch; False when none is ready."""
@@ -98,14 +130,83 @@ class Flow:
         self.entries.append(_Entry(batch, Outcome.of(batch), waiting, batch.clean[:0], len(waiting)))
         return True
 
-    def fill(self, slots: Slots) -> None:
+    def _lane(self) -> _Lane:
+        return _Lane(self.plan.slots(self.objective, self.entries[0].batch, block=self.block))
+
+    def _alone(self) -> None:
+        """One evaluation of the one block, by all threads."""
+        lane = self.open[0]
+        with threads(self.lanes.threads if self.lanes else None):
+            self._serve(lane)
+            self.collect(lane, lane.slots.advance())
+        self.turns += 1
+
+    def _side_by_side(self) -> None:
+        """Let every block that is at rest go on, and wait for one."""
+        assert self.lanes is not None
+        with threads(self.lanes.each):
+            for lane in self.open:
+                if lane.turn is None:
+                    self._serve(lane)
+                    if lane.owner:
+                        lane.turn = self.lanes.start(lane.slots.advance)
+            self._await(return_when=FIRST_COMPLETED)
+
+    def _await(self, *, return_when: str) -> None:
+        """Wait for blocks that are being computed, and collect what they give."""
+        done, _ = wait([lane.turn for lane in self.open if lane.turn], return_when=return_when)
+        for lane in self.open:
+            if lane.turn in done:
+                found, lane.turn = lane.turn.result(), None
+                self.collect(lane, found)
+
+    @property
+    def at_hand(self) -> int:
+        """Rows at work or waiting for a slot."""
+        return sum(len(lane.owner) for lane in self.open) + sum(len(e.waiting) for e in self.entries)
+
+    def _spread(self) -> None:
+        """Open a block for each lane, once there are rows for all of them.
+
+        Whether rows have the same numbers there takes some evaluations to tell, too.
+        """
+        lanes, images = self.lanes, self.open[0].slots.clean
+        if lanes is None or len(self.open) > 1 or not lanes.fit(images):
+            return
+        if lanes.same is None and self.turns < PATIENCE * lanes.count:
+            return
+        while self.at_hand < lanes.count * self.block:
+            if not self.ask(False):
+                return
+        if lanes.agree(images):
+            self.open += [self._lane() for _ in range(lanes.count - 1)]
+
+    def _gather(self) -> None:
+        """Go on in one block where it has room for all the rows that there are."""
+        while len(self.open) > 1 and self.at_hand <= self.block:
+            if self.ask(False):
+                continue
+            self._await(return_when=ALL_COMPLETED)
+            first, *others = self.open
+            for lane in others:
+                first.join(lane)
+            first.take(self.block)
+            self.open = [first]
+
+    def _serve(self, lane: _Lane) -> None:
+        """Give free slots of a block to waiting rows, or close them."""
+        self.fill(lane)
+        self._narrow(lane)
+
+    def fill(self, lane: _Lane) -> None:
         """Give free slots to waiting rows; another batch is taken in only if it is ready.
 
         Without refilling, slots are given only when all are free, and to rows of one batch.
         """
-        if self.owner and not self.refill:
+        if lane.owner and not self.refill:
             return
-        free = [s for s in range(slots.block) if s not in self.owner]
+        slots = lane.slots
+        free = [s for s in range(slots.block) if s not in lane.owner]
         while free:
             entry = next((e for e in self.entries if e.waiting), None)
             if entry is None:
@@ -120,7 +221,7 @@ class Flow:
             rows = [entry.waiting.popleft() for _ in taken]
             device = slots.ids.device
             slots.load(torch.tensor(taken, device=device), entry.batch, torch.tensor(rows, device=device), first)
-            self.owner.update({slot: (entry, row) for slot, row in zip(taken, rows, strict=True)})
+            lane.owner.update({slot: (entry, row) for slot, row in zip(taken, rows, strict=True)})
 
     def _draw(self, entry: _Entry, slots: Slots) -> None:
         """Where the next block of waiting rows begin: slots become free by ones and twos, for which drawing takes as long."""
@@ -128,34 +229,31 @@ class Flow:
         rows = torch.tensor(list(islice(entry.waiting, self.block)), device=batch.ids.device)
         entry.begun = slots.started(batch.ids[rows], batch.clean[rows], torch.zeros_like(rows))
 
-    def _narrow(self, slots: Slots) -> None:
+    def _narrow(self, lane: _Lane) -> None:
         """Once no row is waiting or can come, let those at work move together into the narrowest block that fits."""
-        count = len(self.owner)
-        if self.widths is None or not self.ended or any(e.waiting for e in self.entries):
+        slots, count = lane.slots, len(lane.owner)
+        if self.widths is None or not count or not self.ended or any(e.waiting for e in self.entries):
             return
         room = slots.room(count)
-        self.padded += (slots.block - room) / self.block
-        if self.padded < PATIENCE:
+        lane.padded += (slots.block - room) / self.block
+        if lane.padded < PATIENCE:
             return
-        self.padded, width = 0.0, self.widths(room, slots.clean)
+        lane.padded, width = 0.0, self.widths(room, slots.clean)
         if width < slots.block:
-            idle = [s for s in range(slots.block) if s not in self.owner]
-            kept = (sorted(self.owner) + idle)[:width]
-            slots.take(torch.tensor(kept, device=slots.ids.device))
-            self.owner = {new: self.owner[old] for new, old in enumerate(kept) if old in self.owner}
+            lane.take(width)
 
-    def collect(self, slots: Slots, done: Tensor) -> None:
+    def collect(self, lane: _Lane, done: Tensor) -> None:
         """Copy the results of finished slots to their rows."""
         places: dict[int, tuple[_Entry, list[int], list[int]]] = {}
         for slot in done.tolist():
-            entry, row = self.owner.pop(slot)
+            entry, row = lane.owner.pop(slot)
             _, rows, taken = places.setdefault(id(entry), (entry, [], []))
             rows.append(row)
             taken.append(slot)
         for entry, rows, taken in places.values():
             to, source = (torch.tensor(x, device=done.device) for x in (rows, taken))
             for name in PER_SLOT:
-                getattr(entry.outcome, name).index_copy_(0, to, getattr(slots.best, name)[source])
+                getattr(entry.outcome, name).index_copy_(0, to, getattr(lane.slots.best, name)[source])
             entry.left -= len(rows)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from rbkit.tools.flow import Narrowest
 from rbkit.tools.losses import cross_entropy
 from rbkit.tools.models import Evaluation
 
+Narrowest = Callable[[int, Tensor], int]  # see Widths.narrowest
 COARSE, FINE = 4, 16  # narrower blocks are multiples of 4 rows, from 16 on of 2: others have other last bits where seen
 
 
@@ -20,11 +22,11 @@ def slots_matter(evaluation: Evaluation, images: Tensor, labels: Tensor) -> bool
     block = evaluation.block
     rows = torch.arange(block, device=images.device) % len(images)
     images, labels = images[rows], labels[rows]
-    value, gradient, _ = _probe(evaluation, images, labels)
-    reverse = _probe(evaluation, images.flip(0), labels.flip(0))
+    value, gradient, _ = probe(evaluation, images, labels)
+    reverse = probe(evaluation, images.flip(0), labels.flip(0))
     lonely, targets = images.clone(), labels.clone()
     lonely[1::2], targets[1::2] = images[0], labels[0]
-    alone = _probe(evaluation, lonely, targets)
+    alone = probe(evaluation, lonely, targets)
     same = torch.equal(value, reverse[0].flip(0)) and torch.equal(gradient, reverse[1].flip(0))
     return not (same and torch.equal(value[::2], alone[0][::2]) and torch.equal(gradient[::2], alone[1][::2]))
 
@@ -33,12 +35,13 @@ class Widths:
     """In which narrower blocks a row has the logits and input gradients of the full one, to the last bit.
 
     Tried on the first images that are given, and a width only once it is wanted: how a sum is ordered depends on shapes,
-    not on values. Each width gets rows from all over the full block, so that their places differ too.
+    not on values, and on how many threads there are. Each width gets rows from all over the full block, so that their places
+    differ too.
     """
 
     def __init__(self, evaluation: Evaluation) -> None:
         self.evaluation = evaluation
-        self.same: dict[int, bool] = {}
+        self.same: dict[tuple[int, int], bool] = {}
         self.rows: tuple[Tensor, Tensor] | None = None
         self.whole: tuple[Tensor, ...] = ()
 
@@ -56,12 +59,13 @@ class Widths:
         if self.rows is None:
             rows = torch.arange(self.evaluation.block, device=images.device) % len(images)
             self.rows = images[rows], torch.zeros_like(rows)
-            self.whole = _probe(self.evaluation, *self.rows)
-        if width not in self.same:
+            self.whole = probe(self.evaluation, *self.rows)
+        key = (torch.get_num_threads(), width)
+        if key not in self.same:
             places = torch.arange(1, width + 1, device=images.device) * self.evaluation.block // width - 1
-            part = _probe(self.evaluation, *(r[places] for r in self.rows))
-            self.same[width] = all(torch.equal(p, w[places]) for p, w in zip(part, self.whole, strict=True))
-        return self.same[width]
+            part = probe(self.evaluation, *(r[places] for r in self.rows))
+            self.same[key] = all(torch.equal(p, w[places]) for p, w in zip(part, self.whole, strict=True))
+        return self.same[key]
 
 
 def narrowing(evaluation: Evaluation) -> Narrowest | None:
@@ -70,7 +74,7 @@ def narrowing(evaluation: Evaluation) -> Narrowest | None:
     return None if evaluation.device.type == "cuda" else Widths(evaluation).narrowest
 
 
-def _probe(evaluation: Evaluation, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def probe(evaluation: Evaluation, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, the gradient of their cross-entropy by the images, and the logits without gradients."""
     images = images.detach().requires_grad_()
     logits = evaluation(images)

@@ -158,6 +158,15 @@ class Slots(ABC):
         self.context = {key: values[slots] for key, values in self.context.items()}
         self.block = len(slots)
 
+    def join(self, other: Slots) -> None:
+        """Take in the slots of another block of the same kind, behind those that are here."""
+        for name in self.STATE:
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+        for name in PER_SLOT:
+            setattr(self.best, name, torch.cat([getattr(self.best, name), getattr(other.best, name)]))
+        self.context = {key: torch.cat([values, other.context[key]]) for key, values in self.context.items()}
+        self.block += other.block
+
     def room(self, count: int) -> int:
         """Rows of a block, no more than there are, of which so many examples make use."""
         return count

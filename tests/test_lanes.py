@@ -1,0 +1,195 @@
+"""Blocks that are computed side by side: the same numbers as one block at a time, whatever comes when."""
+
+from __future__ import annotations
+
+import threading
+from itertools import pairwise
+
+import pytest
+import torch
+from toys import convnet, evaluation, images
+
+from rbkit.cli import attack as command
+from rbkit.tools import attack, flow, lanes, stages
+from rbkit.tools.flow import Flow, finished, polling
+from rbkit.tools.slots import PER_SLOT, Batch
+
+IDS = torch.arange(150) + 100
+EPS = {"l2": 0.1, "linf": 0.012}
+NAMES = ("pgd", "apgd-ce", "apgd-t", "fab-t", "square", "auto")
+
+
+@pytest.fixture
+def two_threads():
+    """Two threads, of which each lane has one, and no evaluations before they are taken."""
+    with pytest.MonkeyPatch.context() as patch, lanes.threads(2):
+        patch.setattr(flow, "PATIENCE", 0)
+        yield
+
+
+def spec_of(name, norm, **options):
+    """A short run, so that slots are given on at odd times."""
+    lengths = {"square": {"queries": 25}, "auto": {"steps": 3, "queries": 20}, "pgd": {"steps": 6}}
+    return attack.ATTACKS[name](norm=norm, eps=EPS[norm], seed=3, **lengths.get(name, {"steps": 4}), **options)
+
+
+def seen(victim):
+    """The threads that run a model, and how many rows each of them computes at a time."""
+    found = []
+    victim.register_forward_pre_hook(lambda _, inputs: found.append((threading.get_ident(), len(inputs[0]))))
+    return found
+
+
+def labelled(count):
+    x = images(count, high=0.9)
+    return x, evaluation(convnet()).logits(x).argmax(1)
+
+
+def in_parts(x, label, sizes):
+    parts = zip(x.split(sizes), label.split(sizes), IDS[: len(x)].split(sizes), strict=True)
+    return [Batch(i, a, {"label": b}, tag=i) for a, b, i in parts]
+
+
+def results(victim, spec, poll, count):
+    return list(stages.run(victim, spec, poll, lanes=count))
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for (tag, mine), (other, its) in zip(found, expected, strict=True):
+        assert torch.equal(tag, other) and torch.equal(mine.success, its.success)
+        for name in PER_SLOT:
+            assert torch.equal(getattr(mine.outcome, name), getattr(its.outcome, name)), name
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_have_the_numbers_that_one_block_gives(name, norm):
+    x, label = labelled(150)
+    spec = spec_of(name, norm, restarts=1 if name in ("auto", "apgd-t") else 2)
+    expected = results(evaluation(convnet()), spec, polling(in_parts(x, label, [40, 60, 50])), 1)
+    victim = evaluation(convnet())
+    used = seen(victim)
+    found = results(victim, spec, polling(in_parts(x, label, [40, 60, 50])), 2)
+    assert_same(found, expected)
+    assert len({thread for thread, _ in used}) == 3  # two lanes, and the one in which all threads compute the last rows
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_last_rows_are_computed_in_one_block_by_all_threads():
+    x, label = labelled(100)
+    victim, used = evaluation(convnet()), []
+    victim.register_forward_pre_hook(lambda *_: used.append((threading.get_ident(), torch.get_num_threads())))
+    results(victim, spec_of("pgd", "l2", until="end"), polling(in_parts(x, label, [100])), 2)
+    main = threading.get_ident()
+    assert {count for thread, count in used if thread != main} == {1}
+    assert used[-1] == (main, 2) and torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_input_that_comes_slowly_is_awaited_by_no_row():
+    """Batches of which the next one is ready only after some questions: blocks open and close, and nothing changes."""
+    x, label = labelled(150)
+    spec, parts = spec_of("apgd-ce", "l2"), in_parts(x, label, [70, 20, 10, 50])
+    expected = results(evaluation(convnet()), spec, polling(parts), 1)
+    victim, questions = evaluation(convnet()), []
+    used = seen(victim)
+
+    def slowly(wait):
+        questions.append(wait)
+        if not wait and len(questions) % 4:
+            return None
+        return next(source)
+
+    source = iter(parts)
+    assert_same(results(victim, spec, slowly, 2), expected)
+    alone = [thread == threading.get_ident() for thread, _ in used]
+    assert sum(before != after for before, after in pairwise(alone)) > 2 and sum(questions) == 1
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("count", [2, 3])
+def test_blocks_of_few_rows_come_together_in_one_of_full_width(count):
+    """Blocks that have become narrower fill up again with rows that count for nothing."""
+    x, label = labelled(106)
+    victim, spec = evaluation(convnet()), spec_of("square", "l2")
+    goal, plan = spec.goal(victim), spec.ascent()
+    with lanes.threads(count):
+        side = lanes.Lanes(victim, most=count)
+        made = Flow(goal, plan, polling(in_parts(x, label, [106])), block=32, widths=lambda rows, _: rows, lanes=side)
+        ((_, outcome),) = finished(made.poll)
+    ((_, expected),) = finished(Flow(goal, plan, polling(in_parts(x, label, [106])), block=32).poll)
+    for name in PER_SLOT:
+        assert torch.equal(getattr(outcome, name), getattr(expected, name)), name
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("most", "rows", "refill"), [(1, 150, True), (2, 63, True), (2, 150, False)])
+def test_one_block_at_a_time(most, rows, refill):
+    """Where only one is allowed, where rows do not fill two, and where a block is one batch."""
+    x, label = labelled(rows)
+    victim = evaluation(convnet())
+    used = seen(victim)
+    batches = polling(in_parts(x, label, [rows]))
+    list(stages.run(victim, spec_of("pgd", "l2"), batches, refill=refill, lanes=most))
+    assert {thread for thread, _ in used} == {threading.get_ident()}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_model_whose_numbers_depend_on_the_threads_has_one_block_at_a_time():
+    x, label = labelled(150)
+    model = convnet()
+    model.register_forward_hook(lambda _, __, logits: logits * (1 + 1e-6 * torch.get_num_threads()))
+    victim = evaluation(model)
+    used = seen(victim)
+    results(victim, spec_of("pgd", "l2"), polling(in_parts(x, label, [150])), 2)
+    assert {thread for thread, _ in used} == {threading.get_ident()}
+
+
+def test_a_short_attack_never_pays_for_the_trial(monkeypatch):
+    tried = []
+    monkeypatch.setattr(lanes.Lanes, "agree", lambda *_: tried.append(True))
+    x, label = labelled(150)
+    with lanes.threads(2):
+        results(evaluation(convnet()), spec_of("pgd", "l2"), polling(in_parts(x, label, [150])), 2)
+        enough = len(tried)
+        short = attack.fgsm(norm="l2", eps=0.1)
+        results(evaluation(convnet()), short, polling(in_parts(x[:64], label[:64], [64])), 2)
+    assert len(tried) == enough > 0
+
+
+def test_large_images_are_not_computed_side_by_side():
+    with lanes.threads(2):
+        side = lanes.Lanes(evaluation(convnet()), most=2)
+        assert side.fit(torch.zeros(1, 3, 64, 64)) and not side.fit(torch.zeros(1, 3, 64, 65))
+
+
+@pytest.mark.parametrize(
+    ("threads", "most", "count", "each"), [(1, 1, 1, 1), (2, 2, 2, 1), (16, 16, 8, 2), (8, 1, 1, 8)]
+)
+def test_lanes_share_the_threads(threads, most, count, each):
+    with lanes.threads(threads):
+        side = lanes.Lanes(evaluation(convnet()), most=most)
+    assert (side.count, side.each) == (count, each)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_goes_wrong_in_a_lane_is_told():
+    x, label = labelled(150)
+    victim = evaluation(convnet())
+
+    def fail(*_):
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError("no room")
+
+    victim.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError, match="no room"):
+        results(victim, spec_of("pgd", "l2"), polling(in_parts(x, label, [150])), 2)
+
+
+@pytest.mark.parametrize(("arch", "expected"), [("resnet8", 2), ("torchvision:resnet18", 2), ("mine.nets:build", 1)])
+def test_code_of_others_is_run_by_one_thread(arch, expected):
+    """It may keep things of a pass in itself."""
+    with lanes.threads(2):
+        assert command._lanes(command.Model(None, {"arch": arch}, "", "")) == expected

@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import os
 import statistics
+import threading
 import sys
 import time
 import warnings
@@ -91,14 +92,15 @@ class Group:
 
 @contextlib.contextmanager
 def counted(*networks: nn.Module) -> Iterator[Passes]:
-    """Count the images that go through these networks meanwhile."""
-    found = Passes()
+    """Count the images that go through these networks meanwhile, in whatever thread."""
+    found, one_at_a_time = Passes(), threading.Lock()
 
     def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if torch.is_grad_enabled() and inputs[0].requires_grad:
-            found.pairs += len(inputs[0])
-        else:
-            found.forwards += len(inputs[0])
+        with one_at_a_time:
+            if torch.is_grad_enabled() and inputs[0].requires_grad:
+                found.pairs += len(inputs[0])
+            else:
+                found.forwards += len(inputs[0])
 
     handles = [network.register_forward_pre_hook(count) for network in networks]
     try:

@@ -28,6 +28,7 @@ from rbkit.cli._compute import load_model
 from rbkit.tools.attack import QUERIES, STEPS, TARGETS, Attack, auto, fab_t
 from rbkit.tools.examples import as_float
 from rbkit.tools.flow import polling
+from rbkit.tools.lanes import Lanes
 from rbkit.tools.models import Classifier, Evaluation
 from rbkit.tools.norms import NORMS
 from rbkit.tools.slots import Batch
@@ -108,7 +109,7 @@ def timed(network: torch.nn.Module) -> Iterator[Callable[[], dict[str, Any]]]:
 
 def ours(case: Case, spec: Attack) -> Run:
     """An attack of rb-attack, in process."""
-    best = Evaluation(case.model)
+    best = Evaluation(case.model, lanes=Lanes(torch.get_num_threads()))
     batch = Batch(torch.arange(len(case.labels)), case.images, {"label": case.labels})
     with timed(best) as taken:
         found: Attacked = next(result for _, result in run(best, spec, polling([batch])))

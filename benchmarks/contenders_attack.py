@@ -25,7 +25,7 @@ def ours(place: Bed, *, norm: str, **options: Any) -> Told:
     """PGD as rb-attack does it."""
     spec = pgd(norm=norm, eps=EPS[norm], steps=STEPS, **options)
     batch = Batch(place.ids, place.images, {"label": place.labels})
-    results = run(place.best, spec, polling([batch]), lanes=torch.get_num_threads())
+    results = run(place.best, spec, polling([batch]))
     broken = torch.cat([result.success for _, result in results])
     return Told(f"{1 - broken.double().mean():.3f}")
 
@@ -100,7 +100,7 @@ def attack_group(place: Bed, title: str, *, norm: str) -> Group:
 
 def accuracy_group(place: Bed, title: str, *, asked: float, rounds: int, warm: bool = True) -> Group:
     """Robust accuracy: ours, where a broken image leaves its place to the next one, also with a sprint first or in wide blocks."""
-    wide = replace(place, best=Evaluation(place.plain, block=WIDE))
+    wide = replace(place, best=Evaluation(place.plain, block=WIDE, lanes=place.best.lanes))
     contenders = {
         "rbkit": functools.partial(ours, place, norm="l2"),
         f"rbkit --block {WIDE}": functools.partial(ours, wide, norm="l2"),

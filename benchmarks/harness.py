@@ -7,8 +7,8 @@ import importlib.metadata
 import io
 import os
 import statistics
-import threading
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator

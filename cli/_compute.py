@@ -107,10 +107,15 @@ class Model:
             raise Usage(f"{option} {number}: the model has classes 0 to {self.classes - 1}")
 
     def evaluation(self, block: int) -> Evaluation:
-        """The form in which it is run."""
+        """The form in which it is run; code of a user's own architecture may not bear to be run by several threads."""
+        import torch
+
+        from rbkit.tools.architectures import is_factory
+        from rbkit.tools.lanes import Lanes
         from rbkit.tools.models import Evaluation
 
-        return Evaluation(self.classifier, block=block)
+        lanes = None if is_factory(str(self.meta["arch"])) else Lanes(torch.get_num_threads())
+        return Evaluation(self.classifier, block=block, lanes=lanes)
 
 
 def model_chunk(path: str) -> Chunk:

@@ -254,10 +254,7 @@ def _attack_stream(
     history = _history.entry("rb-attack", _attack_spec.recorded(options, spec), model=victim.sha, inputs=inputs)
     with Progress("rb-attack", total=None, unit="images", quiet=options["quiet"]) as progress:
         poll = _poll(_input.ReadAhead(_admitted(chunks, spec)), evaluation.device, options)
-        results = stages.run(
-            evaluation, spec, poll,
-            refill=options["refill"], judge=judge, tf32=bool(options["tf32"]), lanes=_lanes(surrogate or victim),
-        )  # fmt: skip
+        results = stages.run(evaluation, spec, poll, refill=options["refill"], judge=judge, tf32=bool(options["tf32"]))
         for chunk, result in results:
             _check_ball(chunk, result, spec)
             arrays = {**chunk.arrays, **_columns(chunk, result)}
@@ -286,15 +283,6 @@ def _admitted(chunks: Iterable[Chunk], spec: Attack) -> Iterator[Chunk]:
 def _refills(maker: Model, first: Chunk, options: dict[str, Any]) -> bool:
     """Whether the slot of a broken example goes to the next one: not where all are judged together, or slots matter."""
     return options["keep"] != "batch" and options["refill"] and not _slots_matter(maker, first, options)
-
-
-def _lanes(maker: Model) -> int:
-    """Blocks that are computed at the same time: code of somebody's architecture may not bear several threads."""
-    import torch
-
-    from rbkit.tools.architectures import is_factory
-
-    return 1 if is_factory(str(maker.meta["arch"])) else torch.get_num_threads()
 
 
 def _slots_matter(maker: Model, first: Chunk, options: dict[str, Any]) -> bool:

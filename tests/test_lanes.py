@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from itertools import pairwise
 
 import pytest
 import torch
-from toys import convnet, evaluation, images
+from toys import convnet, evaluation, generator, images
 
-from rbkit.cli import attack as command
+from rbkit.cli._compute import Model
 from rbkit.tools import attack, flow, lanes, stages
+from rbkit.tools.batch import Batch as Judged
 from rbkit.tools.flow import Flow, finished, polling
+from rbkit.tools.metrics import METRICS
 from rbkit.tools.slots import PER_SLOT, Batch
 
 IDS = torch.arange(150) + 100
@@ -51,7 +54,8 @@ def in_parts(x, label, sizes):
 
 
 def results(victim, spec, poll, count):
-    return list(stages.run(victim, spec, poll, lanes=count))
+    victim.lanes = lanes.Lanes(count)
+    return list(stages.run(victim, spec, poll))
 
 
 def assert_same(found, expected):
@@ -116,7 +120,7 @@ def test_blocks_of_few_rows_come_together_in_one_of_full_width(count):
     victim, spec = evaluation(convnet()), spec_of("square", "l2")
     goal, plan = spec.goal(victim), spec.ascent()
     with lanes.threads(count):
-        side = lanes.Lanes(victim, most=count)
+        side = lanes.Lanes(count)
         made = Flow(goal, plan, polling(in_parts(x, label, [106])), block=32, widths=lambda rows, _: rows, lanes=side)
         ((_, outcome),) = finished(made.poll)
     ((_, expected),) = finished(Flow(goal, plan, polling(in_parts(x, label, [106])), block=32).poll)
@@ -130,9 +134,8 @@ def test_one_block_at_a_time(most, rows, refill):
     """Where only one is allowed, where rows do not fill two, and where a block is one batch."""
     x, label = labelled(rows)
     victim = evaluation(convnet())
-    used = seen(victim)
-    batches = polling(in_parts(x, label, [rows]))
-    list(stages.run(victim, spec_of("pgd", "l2"), batches, refill=refill, lanes=most))
+    victim.lanes, used = lanes.Lanes(most), seen(victim)
+    list(stages.run(victim, spec_of("pgd", "l2"), polling(in_parts(x, label, [rows])), refill=refill))
     assert {thread for thread, _ in used} == {threading.get_ident()}
 
 
@@ -144,12 +147,12 @@ def test_a_model_whose_numbers_depend_on_the_threads_has_one_block_at_a_time():
     victim = evaluation(model)
     used = seen(victim)
     results(victim, spec_of("pgd", "l2"), polling(in_parts(x, label, [150])), 2)
-    assert {thread for thread, _ in used} == {threading.get_ident()}
+    assert sum(thread != threading.get_ident() for thread, _ in used) == 1  # the trial
 
 
 def test_a_short_attack_never_pays_for_the_trial(monkeypatch):
     tried = []
-    monkeypatch.setattr(lanes.Lanes, "agree", lambda *_: tried.append(True))
+    monkeypatch.setattr(lanes.Lanes, "alike", lambda *_: tried.append(True))
     x, label = labelled(150)
     with lanes.threads(2):
         results(evaluation(convnet()), spec_of("pgd", "l2"), polling(in_parts(x, label, [150])), 2)
@@ -161,7 +164,7 @@ def test_a_short_attack_never_pays_for_the_trial(monkeypatch):
 
 def test_large_images_are_not_computed_side_by_side():
     with lanes.threads(2):
-        side = lanes.Lanes(evaluation(convnet()), most=2)
+        side = lanes.Lanes(2)
         assert side.fit(torch.zeros(1, 3, 64, 64)) and not side.fit(torch.zeros(1, 3, 64, 65))
 
 
@@ -170,7 +173,7 @@ def test_large_images_are_not_computed_side_by_side():
 )
 def test_lanes_share_the_threads(threads, most, count, each):
     with lanes.threads(threads):
-        side = lanes.Lanes(evaluation(convnet()), most=most)
+        side = lanes.Lanes(most)
     assert (side.count, side.each) == (count, each)
 
 
@@ -188,8 +191,62 @@ def test_what_goes_wrong_in_a_lane_is_told():
         results(victim, spec_of("pgd", "l2"), polling(in_parts(x, label, [150])), 2)
 
 
-@pytest.mark.parametrize(("arch", "expected"), [("resnet8", 2), ("torchvision:resnet18", 2), ("mine.nets:build", 1)])
-def test_code_of_others_is_run_by_one_thread(arch, expected):
+@pytest.mark.parametrize(("arch", "several"), [("resnet8", True), ("torchvision:resnet18", True), ("mine:net", False)])
+def test_code_of_others_is_run_by_one_thread(arch, several):
     """It may keep things of a pass in itself."""
-    with lanes.threads(2):
-        assert command._lanes(command.Model(None, {"arch": arch}, "", "")) == expected
+    assert (Model(convnet(), {"arch": arch}, "", "").evaluation(32).lanes is not None) == several
+
+
+# ------------------------------------------------------------------------------------------------------ scores
+
+
+def judged(batch):
+    return {
+        name: METRICS[name].function(batch)
+        for name in ("insertion", "deletion_mean", "infidelity", "sensitivity_n", "road_morf")
+    }
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_scores_are_those_of_one_block_at_a_time():
+    x, label = labelled(70)
+    maps = torch.rand(x.shape, generator=generator(4))
+    found = []
+    for side in (None, lanes.Lanes(2)):
+        victim = evaluation(convnet())
+        victim.lanes, used = side, seen(victim)
+        found.append(judged(Judged(victim, IDS[:70], x, attribution=maps, explained=x, target=label)))
+        assert (len({thread for thread, _ in used}) > 1) == (side is not None)
+    for name, values in found[0].items():
+        assert torch.equal(values, found[1][name]), name
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_function_whose_numbers_depend_on_the_threads_stays_with_all_of_them():
+    side = lanes.Lanes(2)
+
+    def look(rows):
+        return rows * torch.get_num_threads()
+
+    rows = [[torch.full((4,), float(i))] for i in range(1, 21)]
+    assert torch.equal(torch.stack(side.map(look, rows))[:, 0], torch.arange(1, 21) * 2.0)
+    assert side.tried == {look.__qualname__: False}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_blocks_come_back_in_order_with_gradients_on_or_off_as_here():
+    side = lanes.Lanes(2)
+
+    def look(rows):
+        return rows + float(torch.is_grad_enabled())
+
+    rows = [[torch.full((4,), float(i))] for i in range(20)]
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            assert torch.equal(torch.stack(side.map(look, rows))[:, 0], torch.arange(20.0) + enabled)
+
+
+def test_a_copy_of_a_model_shares_the_lanes():
+    victim = evaluation(convnet())
+    victim.lanes = lanes.Lanes(2)
+    assert copy.deepcopy(victim).lanes is victim.lanes

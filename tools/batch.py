@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rbkit.tools.attribution import Explained, Saliency
+from rbkit.tools.lanes import Lanes
 from rbkit.tools.models import Evaluation
 from rbkit.tools.saliency import explain
 
@@ -71,6 +72,12 @@ class Batch:
         """The attribution per location (N, H, W): channels summed, signed or absolute."""
         assert self.attribution is not None
         return reduce_channels(self.attribution, signed=self.signed)
+
+    @property
+    def lanes(self) -> Lanes | None:
+        """In which blocks of these images may be computed at once."""
+        lanes = self.evaluation.lanes
+        return lanes if lanes is not None and len(self.image) and lanes.fit(self.image) else None
 
     @property
     def output(self) -> str:

@@ -34,7 +34,9 @@ def _flip_curve(batch: Batch, order: Tensor, *, insert: bool, imputation: str) -
     def end(images: Tensor) -> Tensor:
         return in_blocks(lambda row: probability(batch, images[row], row), rows, block=block)[:, None]
 
-    between = in_blocks(look, rows.repeat_interleave(GRID - 2), counts.repeat(n), block=block).reshape(n, GRID - 2)
+    between = in_blocks(
+        look, rows.repeat_interleave(GRID - 2), counts.repeat(n), block=block, lanes=batch.lanes
+    ).reshape(n, GRID - 2)
     # No order changes the ends: all methods and reference maps share them.
     at_whole, at_gone = batch.once("whole", lambda: end(whole)), batch.once(f"gone {imputation}", lambda: end(gone))
     first, last = (at_gone, at_whole) if insert else (at_whole, at_gone)

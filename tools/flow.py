@@ -170,16 +170,16 @@ class Flow:
 
         Whether rows have the same numbers there takes some evaluations to tell, too.
         """
-        lanes, images = self.lanes, self.open[0].slots.clean
-        if lanes is None or len(self.open) > 1 or not lanes.fit(images):
-            return
-        if lanes.same is None and self.turns < PATIENCE * lanes.count:
+        lanes, slots = self.lanes, self.open[0].slots
+        if lanes is None or len(self.open) > 1 or not lanes.fit(slots.clean) or self.turns < PATIENCE * lanes.count:
             return
         while self.at_hand < lanes.count * self.block:
             if not self.ask(False):
                 return
-        if lanes.agree(images):
+        if lanes.alike(slots.looked):
             self.open += [self._lane() for _ in range(lanes.count - 1)]
+        else:
+            self.lanes = None
 
     def _gather(self) -> None:
         """Go on in one block where it has room for all the rows that there are."""

@@ -53,7 +53,9 @@ def _changes(batch: Batch, removed: Tensor) -> Tensor:
         with torch.no_grad():
             return output_of(batch.evaluation(left), target[row], batch.output).double()
 
-    found = in_blocks(look, rows, removed.flatten(0, 1), block=batch.evaluation.block).reshape(n, draws)
+    found = in_blocks(look, rows, removed.flatten(0, 1), block=batch.evaluation.block, lanes=batch.lanes).reshape(
+        n, draws
+    )
     return values(batch.evaluation, images, target, batch.output)[:, None] - found
 
 

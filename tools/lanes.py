@@ -6,19 +6,17 @@ other programs want the same processors, as in a pipe, these waits are long.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rbkit.tools.models import Evaluation
-from rbkit.tools.sameness import probe
-
 MOST = 8  # more would wait for the interpreter, which one thread has at a time, and take more memory
 SMALL = 3 * 64 * 64  # values of an image: larger ones keep all threads busy, and a block of them takes gigabytes
+ENOUGH = 4  # blocks for each lane: fewer are not worth the trial
 T = TypeVar("T")
 
 
@@ -39,29 +37,45 @@ class Lanes:
     The network's code is run by several threads at once and must bear it: it may not keep anything of a pass in itself.
     """
 
-    def __init__(self, evaluation: Evaluation, *, most: int) -> None:
-        self.evaluation, self.threads = evaluation, torch.get_num_threads()
+    def __init__(self, most: int) -> None:
+        self.threads = torch.get_num_threads()
         self.count = min(most, MOST, self.threads)
         self.each = self.threads // self.count
         self.pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(self.each,))
-        self.same: bool | None = None
+        self.tried: dict[str, bool] = {}
 
-    def start(self, task: Callable[[], T]) -> Future[T]:
-        """Carry out a task in a lane, once one is free."""
-        return self.pool.submit(task)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lanes:
+        """The same lanes: a copy of a model shares the threads with it."""
+        return self
+
+    def start(self, task: Callable[..., T], *given: Any) -> Future[T]:
+        """Carry out a task in a lane, once one is free; gradients are on or off in it as they are here."""
+
+        def carried_out(enabled: bool) -> T:
+            with torch.set_grad_enabled(enabled):
+                return task(*given)
+
+        return self.pool.submit(carried_out, torch.is_grad_enabled())
 
     def fit(self, images: Tensor) -> bool:
         """Whether there are several, for images (B, C, H, W) of this size."""
-        return self.count > 1 and self.same is not False and not images.is_cuda and images[0].numel() <= SMALL
+        return self.count > 1 and not images.is_cuda and images[0].numel() <= SMALL
 
-    def agree(self, images: Tensor) -> bool:
-        """Whether images (B, C, H, W) of a block have the same numbers in a lane as by all threads, to the last bit. Tried
-        once: it takes as long as some count + 1 evaluations."""
-        if self.same is None:
-            labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    def alike(self, look: Callable[..., Tensor], *given: Any) -> bool:
+        """Whether `look` gives the same numbers in a lane as by all threads, to the last bit: tried once for each function.
+
+        It takes as long as some count + 1 calls.
+        """
+        name = look.__qualname__
+        if name not in self.tried:
             with threads(self.threads):
-                whole = probe(self.evaluation, images, labels)
-            with threads(self.each):
-                part = probe(self.evaluation, images, labels)
-            self.same = all(torch.equal(w, p) for w, p in zip(whole, part, strict=True))
-        return self.same
+                whole = look(*given)
+            self.tried[name] = torch.equal(whole, self.start(look, *given).result())
+        return self.tried[name]
+
+    def map(self, look: Callable[..., Tensor], rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """`look` at each block of `rows`, in order, side by side where that makes no difference."""
+        if len(rows) < ENOUGH * self.count or not self.alike(look, *rows[0]):
+            return [look(*row) for row in rows]
+        with threads(self.each):
+            return [turn.result() for turn in [self.start(look, *row) for row in rows]]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+if TYPE_CHECKING:
+    from rbkit.tools.lanes import Lanes
 
 BLOCK, GPU_BLOCK = 64, 512
 
@@ -93,11 +97,13 @@ class Evaluation(nn.Module):
     """The form in which every tool runs a classifier; rows are computed in padded blocks of a fixed size.
 
     A copy: the classifier itself, buffers included, is never touched. `refresh` takes in the classifier's current
-    weights (as training needs after each step). Raises ValueError for a block that is no positive multiple of 32.
+    weights (as training needs after each step). `lanes`: where several blocks may be computed at once. Raises ValueError
+    for a block that is no positive multiple of 32.
     """
 
-    def __init__(self, classifier: Classifier, *, block: int | None = None) -> None:
+    def __init__(self, classifier: Classifier, *, block: int | None = None, lanes: Lanes | None = None) -> None:
         super().__init__()
+        self.lanes = lanes
         block = default_block(classifier.mean.device) if block is None else block
         if block <= 0 or block % 32:
             raise ValueError(f"block {block}: expected a positive multiple of 32")
@@ -185,10 +191,11 @@ def padded(images: Tensor, block: int) -> Iterator[tuple[Tensor, int]]:
         yield part, count
 
 
-def in_blocks(function: Callable[..., Tensor], *tensors: Tensor, block: int) -> Tensor:
-    """`function` over padded blocks (block, ...) of tensors (N, ...); its rows are joined again, (N, ...)."""
-    parts = [padded(t, block) for t in tensors]
-    return torch.cat([function(*(p for p, _ in row))[: row[0][1]] for row in zip(*parts, strict=True)])
+def in_blocks(function: Callable[..., Tensor], *tensors: Tensor, block: int, lanes: Lanes | None = None) -> Tensor:
+    """`function` over padded blocks (block, ...) of tensors (N, ...), in `lanes` if it may; its rows are joined again, (N, ...)."""
+    rows = [[part for part, _ in row] for row in zip(*(padded(t, block) for t in tensors), strict=True)]
+    found = [function(*row) for row in rows] if lanes is None else lanes.map(function, rows)
+    return torch.cat(found)[: len(tensors[0])]
 
 
 def features_of(evaluation: Evaluation, images: Tensor, *, layer: str | None = None) -> Tensor:

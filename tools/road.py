@@ -73,7 +73,7 @@ def _curve(batch: Batch, order: Tensor) -> Tensor:
         return probability(batch, (impute(images[row], removed) + noise[row] * removed).clamp(0, 1), row)
 
     rows = torch.arange(n, device=order.device).repeat_interleave(len(SHARES))
-    found = in_blocks(look, rows, counts.repeat(n), block=batch.evaluation.block)
+    found = in_blocks(look, rows, counts.repeat(n), block=batch.evaluation.block, lanes=batch.lanes)
     return found.reshape(n, len(SHARES)).mean(1)
 
 

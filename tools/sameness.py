@@ -22,11 +22,11 @@ def slots_matter(evaluation: Evaluation, images: Tensor, labels: Tensor) -> bool
     block = evaluation.block
     rows = torch.arange(block, device=images.device) % len(images)
     images, labels = images[rows], labels[rows]
-    value, gradient, _ = probe(evaluation, images, labels)
-    reverse = probe(evaluation, images.flip(0), labels.flip(0))
+    value, gradient, _ = _probe(evaluation, images, labels)
+    reverse = _probe(evaluation, images.flip(0), labels.flip(0))
     lonely, targets = images.clone(), labels.clone()
     lonely[1::2], targets[1::2] = images[0], labels[0]
-    alone = probe(evaluation, lonely, targets)
+    alone = _probe(evaluation, lonely, targets)
     same = torch.equal(value, reverse[0].flip(0)) and torch.equal(gradient, reverse[1].flip(0))
     return not (same and torch.equal(value[::2], alone[0][::2]) and torch.equal(gradient[::2], alone[1][::2]))
 
@@ -59,11 +59,11 @@ class Widths:
         if self.rows is None:
             rows = torch.arange(self.evaluation.block, device=images.device) % len(images)
             self.rows = images[rows], torch.zeros_like(rows)
-            self.whole = probe(self.evaluation, *self.rows)
+            self.whole = _probe(self.evaluation, *self.rows)
         key = (torch.get_num_threads(), width)
         if key not in self.same:
             places = torch.arange(1, width + 1, device=images.device) * self.evaluation.block // width - 1
-            part = probe(self.evaluation, *(r[places] for r in self.rows))
+            part = _probe(self.evaluation, *(r[places] for r in self.rows))
             self.same[key] = all(torch.equal(p, w[places]) for p, w in zip(part, self.whole, strict=True))
         return self.same[key]
 
@@ -74,7 +74,7 @@ def narrowing(evaluation: Evaluation) -> Narrowest | None:
     return None if evaluation.device.type == "cuda" else Widths(evaluation).narrowest
 
 
-def probe(evaluation: Evaluation, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _probe(evaluation: Evaluation, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, the gradient of their cross-entropy by the images, and the logits without gradients."""
     images = images.detach().requires_grad_()
     logits = evaluation(images)

@@ -194,6 +194,13 @@ class Slots(ABC):
             self.best.zero_gradients += climbing & (linf_size(gradient) == 0)
         return value.detach(), reached, gradient
 
+    def looked(self) -> Tensor:
+        """The numbers that an evaluation rests on, in one row: value and gradient at `now`, not counted."""
+        images = self.now.detach().requires_grad_()
+        with torch.enable_grad():
+            value, _ = self.objective(images, self.context)
+        return torch.cat([value.detach(), torch.autograd.grad(value.sum(), images)[0].flatten()])
+
     def keep(self, better: Tensor, images: Tensor, value: Tensor, reached: Tensor) -> None:
         """Take these images with their values into the outcome of the slots that are `better`, bool (B,)."""
         best = self.best

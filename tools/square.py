@@ -139,6 +139,11 @@ class SquareSlots(Slots):
         return left
 
     @torch.no_grad()
+    def looked(self) -> Tensor:
+        """Values alone."""
+        return self.objective(self.now, self.context)[0]
+
+    @torch.no_grad()
     def _tried(self, tries: Tries) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(images, value, reached, queries used) per slot: of the first of its queries to be kept, or else of the last."""
         if tries.ahead == 1:

@@ -13,7 +13,6 @@ from rbkit.tools import random
 from rbkit.tools.attack import Attack
 from rbkit.tools.flow import Flow, Poll, finished
 from rbkit.tools.gpu import products
-from rbkit.tools.lanes import Lanes
 from rbkit.tools.models import Evaluation
 from rbkit.tools.norms import NORMS
 from rbkit.tools.sameness import Narrowest, narrowing
@@ -52,18 +51,15 @@ def run(
     refill: bool = True,
     judge: Evaluation | None = None,
     tf32: bool = False,
-    lanes: int = 1,
 ) -> Iterator[tuple[Any, Attacked]]:
     """Attack batches as they come; yields (tag of the batch, result) in order, rows refilled across ready batches.
 
     With a `judge`, images are made on `evaluation`, always to the end, and success is what the judge says. With `tf32`
-    they are made by products in TF32 on a GPU, and judged in float32. On a CPU up to so many `lanes` (see Lanes) are used.
+    they are made by products in TF32 on a GPU, and judged in float32.
     """
-    source, widths, side = poll, narrowing(evaluation), Lanes(evaluation, most=lanes)
+    source, widths = poll, narrowing(evaluation)
     for stage in spec.stages():
-        source = _Stage(
-            evaluation, stage, source, refill=refill, judge=judge, tf32=tf32, widths=widths, lanes=side
-        ).poll
+        source = _Stage(evaluation, stage, source, refill=refill, judge=judge, widths=widths, tf32=tf32).poll
     for batch in finished(source):
         yield batch.tag.tag, batch.tag.before
 
@@ -79,16 +75,15 @@ class _Stage:
         *,
         refill: bool,
         judge: Evaluation | None,
-        tf32: bool,
         widths: Narrowest | None,
-        lanes: Lanes,
+        tf32: bool,
     ) -> None:
         self.evaluation, self.judge, self.source, self.tf32 = evaluation, judge, source, tf32
         self.spec = spec if judge is None else replace(spec, until="end")
         self.goal = spec.goal(evaluation)
         self.flow = Flow(
             self.goal, self.spec.ascent(), self._ready,
-            block=evaluation.block, refill=refill, widths=widths, lanes=lanes,
+            block=evaluation.block, refill=refill, widths=widths, lanes=evaluation.lanes,
         )  # fmt: skip
 
     def _ready(self, wait: bool) -> Batch | None:

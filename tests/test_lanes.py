@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from itertools import pairwise
 
@@ -250,3 +251,4 @@ def test_a_copy_of_a_model_shares_the_lanes():
     victim = evaluation(convnet())
     victim.lanes = lanes.Lanes(2)
     assert copy.deepcopy(victim).lanes is victim.lanes
+    assert pickle.loads(pickle.dumps(victim.lanes)).most == 2  # in another process

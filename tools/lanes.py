@@ -38,11 +38,15 @@ class Lanes:
     """
 
     def __init__(self, most: int) -> None:
-        self.threads = torch.get_num_threads()
+        self.most, self.threads = most, torch.get_num_threads()
         self.count = min(most, MOST, self.threads)
         self.each = self.threads // self.count
         self.pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(self.each,))
         self.tried: dict[str, bool] = {}
+
+    def __reduce__(self) -> tuple[type[Lanes], tuple[int]]:
+        """In another process, lanes of its own."""
+        return Lanes, (self.most,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lanes:
         """The same lanes: a copy of a model shares the threads with it."""

@@ -158,7 +158,10 @@ def _smaller(given: dict[str, Any]) -> str:
 
 def _other(name: str, error: Exception) -> Ending:
     if isinstance(error, RuntimeError) and "does not require grad" in str(error):
-        text = "the model's output has no gradient by its input (detached, or rounded on the way); try rb-score --flags"
+        text = (
+            "the model's output has no gradient by its input (detached, or rounded on the way); "
+            "try what needs none: rb-attack --attack square, rb-saliency --method occlusion"
+        )
         return _failed(name, RuntimeError(text), 3, error)
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):
         if _follows():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import C, H, K, N, W, convnet, evaluation, images, linear, weights_of
 
-from rbkit.tools import attack, losses, square, stages, tries
+from rbkit.tools import attack, flow, losses, sameness, square, stages, tries
 from rbkit.tools.flow import polling
 from rbkit.tools.norms import L2, LINF, NORMS
 from rbkit.tools.slots import Batch
@@ -192,3 +192,17 @@ def test_queries_tried_ahead_are_as_if_tried_one_by_one(norm, queries, restarts,
     assert 0 < int(one.success.sum()) < 5
     for name in ("images", "value", "reached", "forwards"):
         assert torch.equal(getattr(ahead.outcome, name), getattr(one.outcome, name)), name
+
+
+def test_a_network_without_a_gradient_is_searched_all_the_same(monkeypatch):
+    """Whether its rows depend on slots and on the width of a block is told by its logits."""
+    model, x = convnet(), images()
+    model.register_forward_pre_hook(lambda _, inputs: ((inputs[0] * 16).round().detach() / 16,))
+    victim = evaluation(model)
+    label = victim.logits(x).argmax(1)
+    assert not sameness.slots_matter(victim, x, label)
+    monkeypatch.setattr(flow, "PATIENCE", 0)
+    spec = attack.square(norm="linf", eps=0.1, queries=30)
+    found = next(stages.run(victim, spec, polling([Batch(IDS, x, {"label": label})])))[1]
+    assert int(found.success.sum()) > 0
+    assert torch.equal(found.success, losses.is_broken(victim.logits(found.outcome.images), label))

@@ -75,10 +75,13 @@ def narrowing(evaluation: Evaluation) -> Narrowest | None:
 
 
 def _probe(evaluation: Evaluation, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, the gradient of their cross-entropy by the images, and the logits without gradients."""
+    """Logits, the gradient of their cross-entropy by the images (zero where the network has none), and the logits without
+    gradients."""
     images = images.detach().requires_grad_()
     logits = evaluation(images)
-    gradient = torch.autograd.grad(cross_entropy(logits, labels).sum(), images)[0]
+    loss, gradient = cross_entropy(logits, labels).sum(), torch.zeros_like(images)
+    if loss.requires_grad:
+        gradient = torch.autograd.grad(loss, images)[0]
     with torch.no_grad():
         plain = evaluation(images)
     return logits.detach(), gradient, plain

@@ -13,13 +13,16 @@ from toys import convnet, evaluation, generator, images
 
 from rbkit.cli._compute import Model
 from rbkit.tools import attack, flow, lanes, stages
+from rbkit.tools.attribution import Saliency
 from rbkit.tools.batch import Batch as Judged
 from rbkit.tools.flow import Flow, finished, polling
 from rbkit.tools.metrics import METRICS
+from rbkit.tools.saliency import METHODS, explain
 from rbkit.tools.slots import PER_SLOT, Batch
 
 IDS = torch.arange(150) + 100
 EPS = {"l2": 0.1, "linf": 0.012}
+SEVERAL = ("ig", "smoothgrad", "shap", "occlusion", "permutation-shap", "exact-shap")
 NAMES = ("pgd", "apgd-ce", "apgd-t", "fab-t", "square", "auto")
 
 
@@ -223,6 +226,21 @@ def test_scores_are_those_of_one_block_at_a_time():
 
 
 @pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("method", "several"), [(name, name in SEVERAL) for name in METHODS])
+def test_maps_are_those_of_one_block_at_a_time(method, several):
+    """Also of methods that watch layers or change ReLU, which have one block at a time."""
+    x, label = labelled(40)
+    spec, found = Saliency(method, steps=10, samples=10, tolerance=1e-4 if method == "ig" else None, players=2), []
+    for side in (None, lanes.Lanes(2)):
+        victim = evaluation(convnet())
+        victim.lanes, used = side, seen(victim)
+        found.append(explain(victim, x, label, spec, ids=IDS[:40], background=images(7, seed=2)))
+        assert (len({thread for thread, _ in used}) > 1) == (several and side is not None)
+    for name, values in vars(found[0]).items():
+        assert values is None or torch.equal(values, getattr(found[1], name)), name
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_a_function_whose_numbers_depend_on_the_threads_stays_with_all_of_them():
     side = lanes.Lanes(2)
 
@@ -230,7 +248,7 @@ def test_a_function_whose_numbers_depend_on_the_threads_stays_with_all_of_them()
         return rows * torch.get_num_threads()
 
     rows = [[torch.full((4,), float(i))] for i in range(1, 21)]
-    assert torch.equal(torch.stack(side.map(look, rows))[:, 0], torch.arange(1, 21) * 2.0)
+    assert torch.equal(torch.stack(list(side.map(look, rows)))[:, 0], torch.arange(1, 21) * 2.0)
     assert side.tried == {look.__qualname__: False}
 
 
@@ -244,7 +262,7 @@ def test_blocks_come_back_in_order_with_gradients_on_or_off_as_here():
     rows = [[torch.full((4,), float(i))] for i in range(20)]
     for enabled in (True, False):
         with torch.set_grad_enabled(enabled):
-            assert torch.equal(torch.stack(side.map(look, rows))[:, 0], torch.arange(20.0) + enabled)
+            assert torch.equal(torch.stack(list(side.map(look, rows)))[:, 0], torch.arange(20.0) + enabled)
 
 
 def test_a_copy_of_a_model_shares_the_lanes():

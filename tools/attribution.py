@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rbkit.tools.lanes import Lanes, computed
 from rbkit.tools.models import Evaluation
 
 OUTPUTS = ("logit", "probability", "log-probability")
@@ -97,7 +98,14 @@ Point = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def accumulated(
-    evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, *, points: int, point: Point
+    evaluation: Evaluation,
+    images: Tensor,
+    target: Tensor,
+    spec: Saliency,
+    *,
+    points: int,
+    point: Point,
+    lanes: Lanes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over `points` of factor x gradient for each image, in blocks of (image, point) pairs.
 
@@ -105,15 +113,22 @@ def accumulated(
     them. Returns the sum (N, C, H, W) and the sum of squares of the pairs' totals, float64 (N,). Pairs are added one
     by one in the order of their numbers, so that the result does not depend on where blocks begin.
     """
-    block = evaluation.block
+    block, pairs = evaluation.block, len(images) * points
     total = torch.zeros_like(images)
     square = torch.zeros(len(images), dtype=torch.float64, device=images.device)
-    pairs = len(images) * points
-    for start in range(0, pairs, block):
+
+    def pair(start: int) -> tuple[Tensor, Tensor]:
         index = torch.arange(start, start + block, device=images.device).clamp_max(pairs - 1)
-        rows, numbers = index // points, index % points
+        return index // points, index % points
+
+    def look(start: int) -> Tensor:
+        rows, numbers = pair(start)
         at, factor = point(rows, numbers)
-        found = (factor * gradients(evaluation, at, target[rows], spec.output)[0])[: pairs - start]
-        total.index_add_(0, rows[: pairs - start], found)
-        square.index_add_(0, rows[: pairs - start], found.sum((1, 2, 3), dtype=torch.float64) ** 2)
+        return factor * gradients(evaluation, at, target[rows], spec.output)[0]
+
+    starts = range(0, pairs, block)
+    for start, found in zip(starts, computed(look, [(s,) for s in starts], lanes=lanes), strict=True):
+        rows, real = pair(start)[0][: pairs - start], found[: pairs - start]
+        total.index_add_(0, rows, real)
+        square.index_add_(0, rows, real.sum((1, 2, 3), dtype=torch.float64) ** 2)
     return total, square

@@ -76,8 +76,7 @@ class Batch:
     @property
     def lanes(self) -> Lanes | None:
         """In which blocks of these images may be computed at once."""
-        lanes = self.evaluation.lanes
-        return lanes if lanes is not None and len(self.image) and lanes.fit(self.image) else None
+        return self.evaluation.lanes_for(self.image)
 
     @property
     def output(self) -> str:

@@ -52,7 +52,9 @@ def _path_sum(
         start, end = base.index_select(0, rows), images.index_select(0, rows)
         return torch.lerp(start, end, per_row(alphas[numbers])), per_row(weights[numbers])
 
-    total, _ = accumulated(evaluation, images, target, spec, points=len(alphas), point=point)
+    total, _ = accumulated(
+        evaluation, images, target, spec, points=len(alphas), point=point, lanes=evaluation.lanes_for(images)
+    )
     return total * (images - base)
 
 

@@ -6,6 +6,7 @@ other programs want the same processors, as in a pipe, these waits are long.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -77,9 +78,21 @@ class Lanes:
             self.tried[name] = torch.equal(whole, self.start(look, *given).result())
         return self.tried[name]
 
-    def map(self, look: Callable[..., Tensor], rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """`look` at each block of `rows`, in order, side by side where that makes no difference."""
-        if len(rows) < ENOUGH * self.count or not self.alike(look, *rows[0]):
-            return [look(*row) for row in rows]
+    def map(self, look: Callable[..., Tensor], items: Sequence[Sequence[Any]]) -> Iterator[Tensor]:
+        """`look` at each of `items`, its arguments, in order, side by side where that makes no difference."""
+        if len(items) < ENOUGH * self.count or not self.alike(look, *items[0]):
+            yield from (look(*item) for item in items)
+            return
+        turns: deque[Future[Tensor]] = deque()
         with threads(self.each):
-            return [turn.result() for turn in [self.start(look, *row) for row in rows]]
+            for item in items:
+                turns.append(self.start(look, *item))
+                if len(turns) > self.count:  # one waits, so that no lane does
+                    yield turns.popleft().result()
+            while turns:
+                yield turns.popleft().result()
+
+
+def computed(look: Callable[..., Tensor], items: Sequence[Sequence[Any]], *, lanes: Lanes | None) -> Iterator[Tensor]:
+    """`look` at each of `items`, its arguments, in order; in lanes where there are any."""
+    return (look(*item) for item in items) if lanes is None else lanes.map(look, items)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rbkit.tools.attribution import output_of
+from rbkit.tools.lanes import computed
 from rbkit.tools.models import Evaluation, in_blocks
 
 MASKERS = ("black", "mean", "blur", "data")
@@ -54,7 +55,6 @@ def filler(masker: str, evaluation: Evaluation, images: Tensor) -> Tensor:
 Pick = Callable[[Tensor, Tensor], Tensor]
 
 
-@torch.no_grad()
 def masked_values(
     evaluation: Evaluation, images: Tensor, target: Tensor, output: str, *, masks: int, keep: Pick, fill: Pick
 ) -> Tensor:
@@ -64,10 +64,14 @@ def masked_values(
     pair stay, bool (B, H, W); fill(rows, numbers) what all others take, (B, C, H, W).
     """
     block, pairs = evaluation.block, len(images) * masks
-    found = torch.empty(pairs, dtype=torch.float64, device=images.device)
-    for start in range(0, pairs, block):
+
+    @torch.no_grad()
+    def look(start: int) -> Tensor:
         index = torch.arange(start, start + block, device=images.device).clamp_max(pairs - 1)
         rows, numbers = index // masks, index % masks
         left = shown(images.index_select(0, rows), fill(rows, numbers), keep(rows, numbers)[:, None])
-        found[start : start + block] = output_of(evaluation(left), target[rows], output)[: pairs - start].double()
-    return found.reshape(len(images), masks)
+        return output_of(evaluation(left), target[rows], output).double()
+
+    starts = [(start,) for start in range(0, pairs, block)]
+    found = [*computed(look, starts, lanes=evaluation.lanes_for(images)), images.new_empty(0, dtype=torch.float64)]
+    return torch.cat(found)[:pairs].reshape(len(images), masks)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-if TYPE_CHECKING:
-    from rbkit.tools.lanes import Lanes
+from rbkit.tools.lanes import Lanes, computed
 
 BLOCK, GPU_BLOCK = 64, 512
 
@@ -171,6 +169,10 @@ class Evaluation(nn.Module):
             handle.remove()
         return found[-1]
 
+    def lanes_for(self, images: Tensor) -> Lanes | None:
+        """In which blocks of such images (N, C, H, W) may be computed at once; None where one at a time is right."""
+        return self.lanes if self.lanes is not None and len(images) and self.lanes.fit(images) else None
+
     def layer(self, name: str) -> nn.Module:
         """A module by name. Raises: ValueError listing names that exist."""
         try:
@@ -194,8 +196,7 @@ def padded(images: Tensor, block: int) -> Iterator[tuple[Tensor, int]]:
 def in_blocks(function: Callable[..., Tensor], *tensors: Tensor, block: int, lanes: Lanes | None = None) -> Tensor:
     """`function` over padded blocks (block, ...) of tensors (N, ...), in `lanes` if it may; its rows are joined again, (N, ...)."""
     rows = [[part for part, _ in row] for row in zip(*(padded(t, block) for t in tensors), strict=True)]
-    found = [function(*row) for row in rows] if lanes is None else lanes.map(function, rows)
-    return torch.cat(found)[: len(tensors[0])]
+    return torch.cat(list(computed(function, rows, lanes=lanes)))[: len(tensors[0])]
 
 
 def features_of(evaluation: Evaluation, images: Tensor, *, layer: str | None = None) -> Tensor:

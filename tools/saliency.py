@@ -61,7 +61,9 @@ def smoothgrad(
         noise = random.normal(ids[rows], shape, seed=spec.seed, purpose="smoothgrad", draw=numbers)
         return images.index_select(0, rows) + spec.sigma * noise, share
 
-    total, _ = accumulated(evaluation, images, target, spec, points=spec.samples, point=point)
+    total, _ = accumulated(
+        evaluation, images, target, spec, points=spec.samples, point=point, lanes=evaluation.lanes_for(images)
+    )
     return Explained(total, target)
 
 
@@ -89,7 +91,9 @@ def expected_gradients(
         start, end = background.index_select(0, chosen), images.index_select(0, rows)
         return torch.lerp(start, end, per_row(alpha)), end - start
 
-    total, square = accumulated(evaluation, images, target, spec, points=spec.samples, point=point)
+    total, square = accumulated(
+        evaluation, images, target, spec, points=spec.samples, point=point, lanes=evaluation.lanes_for(images)
+    )
     mean = total / spec.samples
     summed = mean.flatten(1).double().sum(1)
     variance = (square / spec.samples - summed**2).clamp_min(0) / max(spec.samples - 1, 1)

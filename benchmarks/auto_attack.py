@@ -109,7 +109,7 @@ def timed(network: torch.nn.Module) -> Iterator[Callable[[], dict[str, Any]]]:
 
 def ours(case: Case, spec: Attack) -> Run:
     """An attack of rb-attack, in process."""
-    best = Evaluation(case.model, lanes=Lanes(torch.get_num_threads()))
+    best = Evaluation(case.model, lanes=Lanes())
     batch = Batch(torch.arange(len(case.labels)), case.images, {"label": case.labels})
     with timed(best) as taken:
         found: Attacked = next(result for _, result in run(best, spec, polling([batch])))

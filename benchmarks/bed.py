@@ -118,7 +118,7 @@ class Setting:
         drawn = shapes.generate(ids, seed=0, split="train")
         test = shapes.generate(torch.arange(count), seed=0, split="test")
         place = Bed(
-            plain.requires_grad_(False), Evaluation(plain, block=BLOCK, lanes=Lanes(torch.get_num_threads())), as_float(test["image"]), test["label"],
+            plain.requires_grad_(False), Evaluation(plain, block=BLOCK, lanes=Lanes()), as_float(test["image"]), test["label"],
             torch.arange(count), as_float(drawn["image"][:100]), Data(drawn["image"], drawn["label"], ids),
         )  # fmt: skip
         # A model that has learned nothing is right about nothing, and nothing would be attacked.
@@ -140,7 +140,7 @@ class Setting:
         drawn, test = (load_file(paths[split]) for split in ("train", "test"))
         plain = load_model(str(path), archs=None, device=torch.device("cpu")).classifier
         place = Bed(
-            plain.requires_grad_(False), Evaluation(plain, block=BLOCK, lanes=Lanes(torch.get_num_threads())), as_float(test["image"]), test["label"], test["id"],
+            plain.requires_grad_(False), Evaluation(plain, block=BLOCK, lanes=Lanes()), as_float(test["image"]), test["label"], test["id"],
             as_float(drawn["image"][:100]), Data(drawn["image"], drawn["label"], drawn["id"]),
         )  # fmt: skip
         return place.agreed() if self.quick else place

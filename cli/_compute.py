@@ -108,13 +108,11 @@ class Model:
 
     def evaluation(self, block: int) -> Evaluation:
         """The form in which it is run; code of a user's own architecture may not bear to be run by several threads."""
-        import torch
-
         from rbkit.tools.architectures import is_factory
         from rbkit.tools.lanes import Lanes
         from rbkit.tools.models import Evaluation
 
-        lanes = None if is_factory(str(self.meta["arch"])) else Lanes(torch.get_num_threads())
+        lanes = None if is_factory(str(self.meta["arch"])) else Lanes()
         return Evaluation(self.classifier, block=block, lanes=lanes)
 
 

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-MOST = 8  # more would wait for the interpreter, which one thread has at a time, and take more memory
-SMALL = 3 * 64 * 64  # values of an image: larger ones keep all threads busy, and a block of them takes gigabytes
+MOST = 8  # each takes memory, and one thread serves them all
+SMALL = 3 * 64 * 64  # values of an image: a block of 32 x 32 takes resnet18 0.45 GiB, and memory grows with the area
 ENOUGH = 4  # blocks for each lane: fewer are not worth the trial
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class Lanes:
     The network's code is run by several threads at once and must bear it: it may not keep anything of a pass in itself.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int = MOST) -> None:
         self.most, self.threads = most, torch.get_num_threads()
         self.count = min(most, MOST, self.threads)
         self.each = self.threads // self.count

@@ -173,12 +173,76 @@ def test_large_images_are_not_computed_side_by_side():
 
 
 @pytest.mark.parametrize(
-    ("threads", "most", "count", "each"), [(1, 1, 1, 1), (2, 2, 2, 1), (16, 16, 8, 2), (8, 1, 1, 8)]
+    ("threads", "blocks", "count", "each"),
+    [
+        (1, 9, 1, 1),
+        (2, 9, 2, 1),
+        (16, 9, 8, 2),
+        (12, 9, 6, 2),
+        (10, 9, 5, 2),
+        (16, 3, 2, 8),
+        (8, 4, 4, 2),
+        (8, 0, 1, 8),
+    ],
 )
-def test_lanes_share_the_threads(threads, most, count, each):
+def test_lanes_share_the_threads_and_leave_none_idle(threads, blocks, count, each):
     with lanes.threads(threads):
-        side = lanes.Lanes(most)
-    assert (side.count, side.each) == (count, each)
+        side = lanes.Lanes()
+    assert side.to_open(blocks) == count and side.each(count) == each
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    ("threads", "most", "rows", "opened"), [(8, 8, 150, 4), (8, 3, 150, 2), (4, 8, 110, 2), (4, 8, 200, 4)]
+)
+def test_as_many_lanes_are_opened_as_there_are_rows_for(threads, most, rows, opened):
+    x, label = labelled(rows)
+    ids = torch.arange(rows)
+    victim, used = evaluation(convnet()), []
+    victim.register_forward_pre_hook(lambda *_: used.append((threading.get_ident(), torch.get_num_threads())))
+    spec = spec_of("pgd", "l2", until="end")
+    expected = list(stages.run(evaluation(convnet()), spec, polling([Batch(ids, x, {"label": label}, tag=ids)])))
+    with lanes.threads(threads):
+        found = results(victim, spec, polling([Batch(ids, x, {"label": label}, tag=ids)]), most)
+    assert_same(found, expected)
+    side = {thread: count for thread, count in used if thread != threading.get_ident()}
+    assert len(side) == opened and set(side.values()) == {threads // opened}
+
+
+def test_more_lanes_are_opened_when_more_rows_come(monkeypatch):
+    """Once those that are open have computed for some time, and are at rest for the trial."""
+    monkeypatch.setattr(flow, "PATIENCE", 1)
+    x, label = labelled(150)
+    victim, used, questions, busy = evaluation(convnet()), [], [], []
+    spec, parts = spec_of("pgd", "l2", until="end"), in_parts(x, label, [70, 80])
+    goal, plan = spec.goal(victim), spec.ascent()
+    expected = [outcome for _, outcome in finished(Flow(goal, plan, polling(parts), block=32).poll)]
+    victim.register_forward_pre_hook(lambda *_: used.append((threading.get_ident(), torch.get_num_threads())))
+
+    def late(wait):
+        questions.append(wait)
+        return next(source) if wait or len(questions) > 4 else None
+
+    source = iter(parts)
+    with lanes.threads(4):
+        side = lanes.Lanes(4)
+        trial = side.alike
+        side.alike = lambda *given: busy.extend(lane.turn for lane in made.open) or trial(*given)
+        made = Flow(goal, plan, late, block=32, lanes=side)
+        for (_, outcome), its in zip(finished(made.poll), expected, strict=True):
+            assert torch.equal(outcome.images, its.images) and torch.equal(outcome.forwards, its.forwards)
+    each = [count for thread, count in used if thread != threading.get_ident()]
+    assert each == sorted(each, reverse=True) and set(each) == {2, 1}
+    assert len(busy) == 3 and not any(busy)  # one block was open at the first trial, two at the second
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_was_not_alike_is_not_tried_again(monkeypatch):
+    tried = []
+    monkeypatch.setattr(lanes.Lanes, "alike", lambda *_: tried.append(True))
+    x, label = labelled(150)
+    results(evaluation(convnet()), spec_of("pgd", "l2"), polling(in_parts(x, label, [150])), 2)
+    assert len(tried) == 1
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -241,6 +305,21 @@ def test_maps_are_those_of_one_block_at_a_time(method, several):
 
 
 @pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("method", ["gradient", "input-x-gradient"])
+def test_gradients_of_many_images_are_computed_side_by_side(method):
+    x, label = labelled(250)
+    found = []
+    for side in (None, lanes.Lanes(2)):
+        victim = evaluation(convnet())
+        victim.lanes, used = side, seen(victim)
+        found.append(explain(victim, x, label, Saliency(method), ids=torch.arange(250)))
+        assert (len({thread for thread, _ in used}) > 1) == (side is not None)
+    for name, values in vars(found[0]).items():
+        assert values is None or torch.equal(values, getattr(found[1], name)), name
+    assert found[1].attribution.is_contiguous()
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_a_function_whose_numbers_depend_on_the_threads_stays_with_all_of_them():
     side = lanes.Lanes(2)
 
@@ -249,7 +328,7 @@ def test_a_function_whose_numbers_depend_on_the_threads_stays_with_all_of_them()
 
     rows = [[torch.full((4,), float(i))] for i in range(1, 21)]
     assert torch.equal(torch.stack(list(side.map(look, rows)))[:, 0], torch.arange(1, 21) * 2.0)
-    assert side.tried == {look.__qualname__: False}
+    assert side.tried == {(look.__qualname__, 2): False}
 
 
 @pytest.mark.usefixtures("two_threads")

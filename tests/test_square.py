@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import C, H, K, N, W, convnet, evaluation, images, linear, weights_of
 
-from rbkit.tools import attack, flow, losses, sameness, square, stages, tries
+from rbkit.tools import attack, flow, losses, random, sameness, square, stages, tries
 from rbkit.tools.flow import polling
 from rbkit.tools.norms import L2, LINF, NORMS
 from rbkit.tools.slots import Batch
@@ -192,6 +192,33 @@ def test_queries_tried_ahead_are_as_if_tried_one_by_one(norm, queries, restarts,
     assert 0 < int(one.success.sum()) < 5
     for name in ("images", "value", "reached", "forwards"):
         assert torch.equal(getattr(ahead.outcome, name), getattr(one.outcome, name)), name
+
+
+def test_a_deck_deals_the_words_of_each_query_and_draws_few_times(monkeypatch):
+    """Slots at different queries go on by one or several, begin anew, are given to other examples and become fewer."""
+    drawn, words = [], random.words
+    monkeypatch.setattr(tries.random, "words", lambda *given, **named: drawn.append(1) or words(*given, **named))
+    deck = tries.Deck(6, seed=3, purpose="square")
+
+    def deal(ids, draw, busy=None):
+        asked = tries.Tries.of(torch.arange(len(ids)) < (busy or len(ids)), torch.zeros(len(ids), 1))
+        number = draw[asked.owner] + asked.later
+        expected = words(ids[asked.owner], 6, seed=3, purpose="square", draw=number)
+        assert torch.equal(deck.deal(asked, ids, draw), expected)
+
+    ids, draw = torch.arange(8) + 2**40, torch.arange(8) * 7
+    for turn in range(40):
+        deal(ids, draw)
+        draw = draw + torch.arange(8) % (1 + turn % 2) + 1
+    assert 0 < len(drawn) <= 4
+    deal(ids + 1, draw)
+    deal(ids + 1, draw - 9)
+    deal(ids[:4], draw[:4])
+    deal(ids[:4], draw[:4] + 1000)
+    for busy in (4, 2, 1):
+        for turn in range(10):
+            deal(ids, draw + turn * 8 // busy, busy)
+    assert len(drawn) < 15
 
 
 def test_a_network_without_a_gradient_is_searched_all_the_same(monkeypatch):

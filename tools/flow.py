@@ -73,7 +73,7 @@ class Flow:
     last bit. The last rows of the input go on in it, since much of a full block would be padding. As it costs PATIENCE
     evaluations to tell, it is asked when padding has cost as much: a short attack never pays for it.
 
-    With `lanes`, as many blocks are computed side by side while there are rows for all of them. The last rows go on in one.
+    With `lanes`, as many blocks are computed side by side as there are rows to fill. The last rows go on in one.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class Flow:
         self.entries: deque[_Entry] = deque()
         self.ended = False
         self.open: list[_Lane] = []
+        self.most = lanes.count if lanes else 1
         self.turns = 0
 
     def poll(self, wait: bool) -> tuple[Batch, Outcome] | None:
@@ -144,12 +145,13 @@ class Flow:
     def _side_by_side(self) -> None:
         """Let every block that is at rest go on, and wait for one."""
         assert self.lanes is not None
-        with threads(self.lanes.each):
+        count = len(self.open)
+        with threads(self.lanes.each(count)):
             for lane in self.open:
                 if lane.turn is None:
                     self._serve(lane)
                     if lane.owner:
-                        lane.turn = self.lanes.start(lane.slots.advance)
+                        lane.turn = self.lanes.start(count, lane.slots.advance)
             self._await(return_when=FIRST_COMPLETED)
 
     def _await(self, *, return_when: str) -> None:
@@ -159,6 +161,7 @@ class Flow:
             if lane.turn in done:
                 found, lane.turn = lane.turn.result(), None
                 self.collect(lane, found)
+                self.turns += 1
 
     @property
     def at_hand(self) -> int:
@@ -166,20 +169,23 @@ class Flow:
         return sum(len(lane.owner) for lane in self.open) + sum(len(e.waiting) for e in self.entries)
 
     def _spread(self) -> None:
-        """Open a block for each lane, once there are rows for all of them.
+        """Open a block for each lane, or for as many as there are rows for.
 
         Whether rows have the same numbers there takes some evaluations to tell, too.
         """
         lanes, slots = self.lanes, self.open[0].slots
-        if lanes is None or len(self.open) > 1 or not lanes.fit(slots.clean) or self.turns < PATIENCE * lanes.count:
+        if lanes is None or len(self.open) >= self.most or not lanes.fit(slots.clean) or self.turns < 2 * PATIENCE:
             return
-        while self.at_hand < lanes.count * self.block:
-            if not self.ask(False):
-                return
-        if lanes.alike(slots.looked):
-            self.open += [self._lane() for _ in range(lanes.count - 1)]
+        while self.at_hand < self.most * self.block and self.ask(False):
+            pass
+        count = lanes.to_open(min(self.at_hand // self.block, self.most))
+        if count <= len(self.open) or self.turns < PATIENCE * count:
+            return
+        self._await(return_when=ALL_COMPLETED)
+        if lanes.alike(count, slots.looked):
+            self.open += [self._lane() for _ in range(count - len(self.open))]
         else:
-            self.lanes = None
+            self.most = len(self.open)
 
     def _gather(self) -> None:
         """Go on in one block where it has room for all the rows that there are."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from rbkit.tools.lanes import Lanes, computed
+from rbkit.tools.lanes import Found, Lanes, computed
 
 BLOCK, GPU_BLOCK = 64, 512
 
@@ -193,10 +193,14 @@ def padded(images: Tensor, block: int) -> Iterator[tuple[Tensor, int]]:
         yield part, count
 
 
-def in_blocks(function: Callable[..., Tensor], *tensors: Tensor, block: int, lanes: Lanes | None = None) -> Tensor:
-    """`function` over padded blocks (block, ...) of tensors (N, ...), in `lanes` if it may; its rows are joined again, (N, ...)."""
+def in_blocks(function: Callable[..., Found], *tensors: Tensor, block: int, lanes: Lanes | None = None) -> Found:
+    """`function` over padded blocks (block, ...) of tensors (N, ...), in `lanes` if it may; the rows of its tensor, or of each
+    of its tensors, are joined again, (N, ...)."""
     rows = [[part for part, _ in row] for row in zip(*(padded(t, block) for t in tensors), strict=True)]
-    return torch.cat(list(computed(function, rows, lanes=lanes)))[: len(tensors[0])]
+    found = list(computed(function, rows, lanes=lanes))
+    if isinstance(found[0], Tensor):
+        return torch.cat(found)[: len(tensors[0])]
+    return tuple(torch.cat(each)[: len(tensors[0])] for each in zip(*found, strict=True))
 
 
 def features_of(evaluation: Evaluation, images: Tensor, *, layer: str | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from rbkit.tools.attribution import Explained, Saliency, accumulated, gradients,
 from rbkit.tools.gradcam import grad_cam
 from rbkit.tools.guided import guided_backprop
 from rbkit.tools.integrated_gradients import integrated_gradients
-from rbkit.tools.models import Evaluation, padded
+from rbkit.tools.models import Evaluation, in_blocks
 from rbkit.tools.norms import per_row
 from rbkit.tools.occlusion import occlusion
 from rbkit.tools.shapley import exact_shap, permutation_shap
@@ -28,13 +28,13 @@ def gradient(
     evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency, **unused: Tensor | None
 ) -> Explained:
     """The gradient of the output (Simonyan et al. 2014)."""
-    found, predicted = [], []
-    for (block, count), (goal, _) in zip(evaluation.blocks(images), padded(target, evaluation.block), strict=True):
-        slope, logits = gradients(evaluation, block, goal, spec.output)
-        found.append(slope[:count])
-        predicted.append(logits[:count].argmax(1))
+
+    def look(block: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients(evaluation, block, goal, spec.output)
+
+    slope, logits = in_blocks(look, images, target, block=evaluation.block, lanes=evaluation.lanes_for(images))
     # As images are laid out: the order of the sums over a map depends on it.
-    return Explained(torch.cat(found).contiguous(), target, prediction=torch.cat(predicted))
+    return Explained(slope.contiguous(), target, prediction=logits.argmax(1))
 
 
 def input_x_gradient(

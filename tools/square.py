@@ -19,7 +19,7 @@ from torch import Tensor
 from rbkit.tools import random
 from rbkit.tools.norms import Norm, l2_size, per_row
 from rbkit.tools.slots import Batch, Objective, Slots, assign, surpasses
-from rbkit.tools.tries import Tries
+from rbkit.tools.tries import Deck, Tries
 
 SHARE = 0.8  # of the pixels that the first patches cover, p of section 3.2
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000 after which the share is halved
@@ -79,6 +79,7 @@ class SquareSlots(Slots):
     """
 
     STATE = (*Slots.STATE, "top", "top_value")
+    WORDS: int  # for a query, beside a sign per channel
 
     def __init__(self, objective: Objective, plan: Square, like: Batch, *, block: int) -> None:
         super().__init__(objective, like, block=block)
@@ -87,6 +88,7 @@ class SquareSlots(Slots):
         self.sides = torch.tensor([self.side(share) for share in shares], device=self.clean.device)
         self.top, self.top_value = self.now.clone(), torch.zeros(block, device=self.clean.device)
         self.tries: Tries | None = None
+        self.deck = Deck(self.WORDS + self.clean.shape[1], seed=plan.seed, purpose="square")
 
     @abstractmethod
     def side(self, share: float) -> int:
@@ -169,15 +171,14 @@ class SquareSlots(Slots):
         else:
             self.now[tries.slots] = self.tries.images[: len(tries.slots) * tries.ahead : tries.ahead]
 
-    def groups(self, tries: Tries, count: int) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """Rows of slots at work whose patches have one side, int64 (G,); the side; `count` words of 32 random bits for each,
-        int64 (G, count).
+    def groups(self, tries: Tries) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """Rows of slots at work whose patches have one side, int64 (G,); the side; words of 32 random bits for each,
+        int64 (G, WORDS + C).
 
         One side at a time, so that how the sums of a row are ordered does not depend on where its neighbours are.
         """
-        step = (self.step[tries.owner] + tries.later).clamp_max(self.plan.queries)
-        draw = self.restart[tries.owner] * self.plan.queries + step
-        words = random.words(self.ids[tries.owner], count, seed=self.plan.seed, purpose="square", draw=draw)
+        words = self.deck.deal(tries, self.ids, self.restart * self.plan.queries + self.step)
+        step = (self.step[tries.owner] + tries.later).clamp_max(self.plan.queries)  # those beyond are forgotten
         sides = torch.where(self.active[tries.owner], self.sides[step], 0)
         for side in sides.unique().tolist():
             if side:
@@ -235,6 +236,8 @@ def _sign(words: Tensor) -> Tensor:
 class LinfSlots(SquareSlots):
     """Algorithm 2: patches take the value -eps or eps in each channel; the search begins with vertical stripes."""
 
+    WORDS = 2  # where the patch is
+
     def side(self, share: float) -> int:
         """The side of a square of this share of the pixels, at least 1."""
         height, width = self.clean.shape[2:]
@@ -248,7 +251,7 @@ class LinfSlots(SquareSlots):
     def proposal(self, tries: Tries) -> Tensor:
         """The best image with a patch at the edge of the ball."""
         moved, clean = self.top[tries.owner], self.clean[tries.owner]
-        for rows, side, words in self.groups(tries, 2 + clean.shape[1]):
+        for rows, side, words in self.groups(tries):
             patch = self.patch(rows, side, words)
             patch.put(moved, patch.of(clean) + self.plan.eps * per_row(_sign(words[:, 2:])))
         return moved
@@ -256,6 +259,8 @@ class LinfSlots(SquareSlots):
 
 class L2Slots(SquareSlots):
     """Algorithm 3: a patch takes over the norm of another one, and what the box has cut off."""
+
+    WORDS = 5  # where both are, and whether it is turned
 
     def __init__(self, objective: Objective, plan: Square, like: Batch, *, block: int) -> None:
         super().__init__(objective, plan, like, block=block)
@@ -280,7 +285,7 @@ class L2Slots(SquareSlots):
         """The best image with one patch emptied and another one pushed further."""
         moved, clean = (self.top - self.clean)[tries.owner], self.clean[tries.owner]
         unused = (self.plan.eps**2 - moved.square().sum((1, 2, 3))).clamp_min(0)[:, None] / moved.shape[1]
-        for rows, side, words in self.groups(tries, 5 + moved.shape[1]):
+        for rows, side, words in self.groups(tries):
             here, there = self.patch(rows, side, words), self.patch(rows, side, words[:, 2:])
             inside, taken = here.of(moved), there.of(moved) * ~there.meets(here)
             available = (inside.square().sum((2, 3)) + taken.square().sum((2, 3)) + unused[rows]).sqrt()

@@ -11,6 +11,7 @@ from bed import Bed, Setting, own_floors
 from harness import Group, Work
 from torch import Tensor, nn
 
+from rbkit.formats.chunk import ROWS
 from rbkit.tools.attribution import Saliency
 from rbkit.tools.batch import Batch
 from rbkit.tools.infidelity import SQUARES, squares
@@ -81,8 +82,8 @@ def captum_infidelity(place: Bed, net: nn.Module) -> None:
 
 
 def scores(setting: Setting) -> Iterator[Group]:
-    """On one block of images; what each makes of passes is counted in the round before."""
-    place = setting.bed("robust", setting.size(64))
+    """On as many images as rb-score takes from a file at a time; what each makes of passes is counted in the round before."""
+    place = setting.bed("robust", setting.size(ROWS))
     titles = {"deletion_mean": "Pixel flipping (deletion to the mean colour)", "max_sensitivity": "Max-sensitivity"}
     for name, title in (titles | {"infidelity": "Infidelity"}).items():
         work: dict[str, Work] = {"rbkit": functools.partial(ours, place, name)}

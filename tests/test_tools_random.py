@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from rbkit.tools import random
+from rbkit.tools.lanes import threads
 from rbkit.tools.philox import key_of, philox, uniform_rows
 
 IDS = torch.tensor([5, 0, 7, 2**40 + 3, -1, 123456789])
@@ -46,6 +47,18 @@ def test_numpy_and_torch_sides_agree():
     two = random.words(IDS, 2, seed=4, purpose="sample").numpy()
     expected = ((two[:, 0] >> 5) * 2.0**26 + (two[:, 1] >> 6)) / 2.0**53
     assert (uniform_rows(IDS.numpy(), seed=4, purpose="sample") == expected).all()
+
+
+@pytest.mark.parametrize("rows", [42, 43])
+def test_words_of_a_whole_block_are_those_of_its_rows_on_any_number_of_threads(rows):
+    """On both sides of the size from which torch shares the work."""
+    ids = torch.arange(rows) + 2**33
+    assert (rows * 768 >= random.SHARED) == (rows == 43)
+    for count in (1, 2):
+        with threads(count):
+            found = random.words(ids, 3072, seed=2, purpose="test", draw=ids - 2**33)
+        for row in (0, 17, rows - 1):
+            assert torch.equal(found[row], random.words(ids[row : row + 1], 3072, seed=2, purpose="test", draw=row)[0])
 
 
 @pytest.mark.parametrize("draw_of", ["uniform", "normal"])

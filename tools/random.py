@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rbkit.tools.philox import MASK, key_of, philox
 
-FEW = 1 << 14  # counters: below, numpy is faster, as it starts an operation sooner than torch
+SHARED = 1 << 15  # counters: torch shares as many and more among its threads, and is faster than numpy only then
 
 
 def words(ids: Tensor, count: int, *, seed: int, purpose: str, draw: int | Tensor = 0) -> Tensor:
@@ -30,7 +30,8 @@ def words(ids: Tensor, count: int, *, seed: int, purpose: str, draw: int | Tenso
     low, high = (ids & MASK)[:, None], ((ids >> 32) & MASK)[:, None]
     c0, c1, c2, c3 = (c.expand(len(ids), blocks) for c in (position, number, low, high))
     key = key_of(seed, purpose)
-    if ids.device.type == "cpu" and len(ids) * blocks < FEW:
+    shared = len(ids) * blocks >= SHARED and torch.get_num_threads() > 1
+    if ids.device.type == "cpu" and not shared:
         out = torch.from_numpy(np.stack(philox((c0.numpy(), c1.numpy(), c2.numpy(), c3.numpy()), key), axis=2))
     else:
         out = torch.stack(philox((c0, c1, c2, c3), key), dim=2)

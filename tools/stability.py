@@ -31,7 +31,12 @@ def _change(batch: Batch, again: Tensor) -> Tensor:
 def _noisy(batch: Batch, draw: int) -> Tensor:
     assert batch.explained is not None
     shape = tuple(batch.explained.shape[1:])
-    return (batch.explained + NORMS["linf"].start(batch.ids, shape, NOISE_RADIUS, seed=0, draw=draw)).clamp(0, 1)
+
+    def noise(ids: Tensor) -> Tensor:
+        return NORMS["linf"].start(ids, shape, NOISE_RADIUS, seed=0, draw=draw)
+
+    drawn = in_blocks(noise, batch.ids, block=batch.evaluation.block, lanes=batch.lanes)
+    return (batch.explained + drawn).clamp(0, 1)
 
 
 def _predicted(batch: Batch, images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rbkit.tools import random
 
-DEPTH = 32  # queries of a slot whose words are drawn together: that takes hardly longer than to draw those of one
+DEPTH = 32  # queries of a slot whose words are drawn together: most of the time of a small draw is that of its many operations
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def test_a_model_whose_numbers_depend_on_the_threads_has_one_block_at_a_time():
 
 def test_a_short_attack_never_pays_for_the_trial(monkeypatch):
     tried = []
-    monkeypatch.setattr(lanes.Lanes, "alike", lambda *_: tried.append(True))
+    monkeypatch.setattr(lanes.Lanes, "opened", lambda *_: tried.append(True) or 1)
     x, label = labelled(150)
     with lanes.threads(2):
         results(evaluation(convnet()), spec_of("pgd", "l2"), polling(in_parts(x, label, [150])), 2)
@@ -170,6 +170,26 @@ def test_large_images_are_not_computed_side_by_side():
     with lanes.threads(2):
         side = lanes.Lanes(2)
         assert side.fit(torch.zeros(1, 3, 64, 64)) and not side.fit(torch.zeros(1, 3, 64, 65))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_lanes_are_no_more_than_there_is_room_for(monkeypatch):
+    x, label = labelled(150)
+    with lanes.kept_bytes() as kept:
+        whole = evaluation(convnet())(x[:32].requires_grad_())
+    size = sum(kept.values())
+    assert size > 32 * 8 * 30 * 4  # at least the feature maps behind the first convolution, 8 channels of 6 x 5 pixels
+    del whole
+    with lanes.kept_bytes() as weights:
+        torch.nn.Linear(30, 1000).requires_grad_(False)(x.detach().flatten(1)[:, :30].requires_grad_())
+    assert not weights  # all lanes have the same ones
+    for room, opened in ((4.5, 4), (3.5, 2), (1.5, 0)):
+        monkeypatch.setattr(lanes, "ROOM", int(room * size))
+        victim = evaluation(convnet())
+        used = seen(victim)
+        with lanes.threads(4):
+            results(victim, spec_of("pgd", "l2"), polling(in_parts(x.detach(), label, [150])), 4)
+        assert len({thread for thread, _ in used} - {threading.get_ident()}) == opened
 
 
 @pytest.mark.parametrize(
@@ -226,8 +246,8 @@ def test_more_lanes_are_opened_when_more_rows_come(monkeypatch):
     source = iter(parts)
     with lanes.threads(4):
         side = lanes.Lanes(4)
-        trial = side.alike
-        side.alike = lambda *given: busy.extend(lane.turn for lane in made.open) or trial(*given)
+        trial = side.opened
+        side.opened = lambda *given: busy.extend(lane.turn for lane in made.open) or trial(*given)
         made = Flow(goal, plan, late, block=32, lanes=side)
         for (_, outcome), its in zip(finished(made.poll), expected, strict=True):
             assert torch.equal(outcome.images, its.images) and torch.equal(outcome.forwards, its.forwards)
@@ -239,7 +259,7 @@ def test_more_lanes_are_opened_when_more_rows_come(monkeypatch):
 @pytest.mark.usefixtures("two_threads")
 def test_what_was_not_alike_is_not_tried_again(monkeypatch):
     tried = []
-    monkeypatch.setattr(lanes.Lanes, "alike", lambda *_: tried.append(True))
+    monkeypatch.setattr(lanes.Lanes, "opened", lambda *_: tried.append(True) or 1)
     x, label = labelled(150)
     results(evaluation(convnet()), spec_of("pgd", "l2"), polling(in_parts(x, label, [150])), 2)
     assert len(tried) == 1
@@ -331,7 +351,7 @@ def test_a_function_whose_numbers_depend_on_the_threads_stays_with_all_of_them()
 
     rows = [[torch.full((4,), float(i))] for i in range(1, 21)]
     assert torch.equal(torch.stack(list(side.map(look, rows)))[:, 0], torch.arange(1, 21) * 2.0)
-    assert side.tried == {(look.__qualname__, 2): False}
+    assert side.tried == {(look.__qualname__, 2): 1}
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -182,10 +182,10 @@ class Flow:
         if count <= len(self.open) or self.turns < PATIENCE * count:
             return
         self._await(return_when=ALL_COMPLETED)
-        if lanes.alike(count, slots.looked):
-            self.open += [self._lane() for _ in range(count - len(self.open))]
-        else:
-            self.most = len(self.open)
+        allowed = lanes.opened(count, slots.looked)
+        if allowed < count:
+            self.most = max(allowed, len(self.open))
+        self.open += [self._lane() for _ in range(allowed - len(self.open))]
 
     def _gather(self) -> None:
         """Go on in one block where it has room for all the rows that there are."""

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 MOST = 8  # each takes memory, and one thread serves them all
-SMALL = 3 * 64 * 64  # values of an image: a block of 32 x 32 takes resnet18 0.45 GiB, and memory grows with the area
+ROOM = (
+    1 << 30
+)  # bytes that the passes of all lanes keep for their gradients; a process grows by two to three times as much
+SMALL = (
+    3 * 64 * 64
+)  # values of an image: passes without gradients keep nothing, and yet take memory that grows with the area
 ENOUGH = 4  # blocks for each lane: fewer are not worth the trial
 T = TypeVar("T")
 Found = TypeVar("Found", Tensor, tuple[Tensor, ...])
@@ -31,6 +36,21 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def kept_bytes() -> Iterator[dict[int, int]]:
+    """Sizes, by address, of what passes in here keep in memory for their gradients, beside weights, which they share."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not tensor.is_leaf:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept
 
 
 def shared(threads: int, most: int) -> int:
@@ -48,7 +68,7 @@ class Lanes:
         self.most, self.threads = most, torch.get_num_threads()
         self.count = shared(self.threads, min(most, MOST))
         self.pool = ThreadPoolExecutor(self.count)
-        self.tried: dict[tuple[str, int], bool] = {}
+        self.tried: dict[tuple[str, int], int] = {}
 
     def __reduce__(self) -> tuple[type[Lanes], tuple[int]]:
         """In another process, lanes of its own."""
@@ -79,22 +99,25 @@ class Lanes:
         """Whether there are several, for images (B, C, H, W) of this size."""
         return self.count > 1 and not images.is_cuda and images[0].numel() <= SMALL
 
-    def alike(self, count: int, look: Callable[..., Found], *given: Any) -> bool:
-        """Whether `look` gives the same numbers in one of `count` lanes as by all threads, to the last bit: tried once.
+    def opened(self, count: int, look: Callable[..., Found], *given: Any) -> int:
+        """How many of `count` lanes may be open for `look`: no more than there is room for, and one if the numbers in a lane
+        are not those by all threads, to the last bit.
 
-        It takes as long as some count + 1 calls.
+        Tried once, which takes as long as some count + 1 calls.
         """
         trial = look.__qualname__, count
         if trial not in self.tried:
-            with threads(self.threads):
+            with threads(self.threads), kept_bytes() as kept:
                 whole = look(*given)
-            self.tried[trial] = _same(whole, self.start(count, look, *given).result())
+            fitting = self.to_open(min(count, ROOM // max(sum(kept.values()), 1)))
+            alike = fitting > 1 and _same(whole, self.start(fitting, look, *given).result())
+            self.tried[trial] = fitting if alike else 1
         return self.tried[trial]
 
     def map(self, look: Callable[..., Found], items: Sequence[Sequence[Any]]) -> Iterator[Found]:
         """`look` at each of `items`, its arguments, in order, side by side where that makes no difference."""
         count = self.to_open(len(items) // ENOUGH)
-        if count == 1 or not self.alike(count, look, *items[0]):
+        if count == 1 or (count := self.opened(count, look, *items[0])) == 1:
             yield from (look(*item) for item in items)
             return
         turns: deque[Future[Found]] = deque()

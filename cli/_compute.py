@@ -6,7 +6,7 @@ import ctypes
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,15 @@ class Model:
     meta: dict[str, Any]
     sha: str
     path: str
+    runs_on: set[tuple[int, ...]] = field(default_factory=set, compare=False)
+
+    def check_runs(self, shape: Sequence[int]) -> None:
+        """Try the network once on images of a shape. Raises: ValueError."""
+        from rbkit.tools.models import check_logits
+
+        if tuple(shape) not in self.runs_on:
+            check_logits(self.classifier, shape, self.classes)
+            self.runs_on.add(tuple(shape))
 
     @property
     def classes(self) -> int:
@@ -152,7 +161,7 @@ def load_model(path: str, *, archs: Sequence[str] | None, device: torch.device) 
     if is_factory(arch) and arch not in (archs or ()):
         raise Usage(f"{path}: its architecture is code of its author; if you trust it, add --arch {arch}")
     if archs and not is_factory(arch) and arch not in archs:
-        raise Usage(f"{path}: its architecture is {arch}, not {', '.join(archs)}")
+        raise Usage(f"{path}: its architecture is {arch}, not {', '.join(archs)}; for both, add --arch {arch}")
     channels = (meta.get("input") or [3])[0]
     with blame(Input, ValueError, KeyError, TypeError, prefix=f"{path}: "):
         net = build(arch, num_classes=meta["num_classes"], channels=channels, width=meta.get("width"))

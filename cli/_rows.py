@@ -23,13 +23,15 @@ def size_of(shape: Sequence[int]) -> str:
 
 
 def check_input(model: Model, shape: Sequence[int], *, place: str) -> None:
-    """Refuse images that the model does not take; nothing is resized or repeated in silence."""
+    """Refuse images that the model does not take, or not run on; nothing is resized or repeated in silence. Raises: Input."""
     expected = model.meta.get("input")
     if expected is not None and list(shape) != list(expected):
         raise Input(
             f"{place}: the model expects images of {size_of(expected)}, got {size_of(shape)}; "
             "try rb-data --size, --grey or --rgb"
         )
+    with blame(Input, ValueError, prefix=f"{model.path}: "):
+        model.check_runs(shape)
 
 
 def checked(stream: Iterable[Chunk], model: Model | None) -> Iterator[Chunk]:

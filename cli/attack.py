@@ -34,7 +34,7 @@ from rbkit.cli._options import (
     Threads,
 )
 from rbkit.cli._progress import Progress
-from rbkit.cli._rows import checked, size_of
+from rbkit.cli._rows import check_input, checked, size_of
 
 if TYPE_CHECKING:
     from rbkit.formats.chunk import Chunk
@@ -234,6 +234,8 @@ def _attack_all(
     specs = [_attack_spec.spec(options, eps, victim.classes) for eps in radii]
     rows = _labels_missed(checked(stream, victim), quiet=options["quiet"])
     first = next(rows)
+    if surrogate is not None:
+        check_input(surrogate, first.arrays["image"].shape[1:], place=first.place)
     options = {**options, "refill": _refills(surrogate or victim, first, options)}
     chunks: Iterable[Chunk] = itertools.chain([first], rows)
     if len(specs) > 1:

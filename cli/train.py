@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -329,7 +330,7 @@ def _fresh(options: dict[str, Any], data: Data, meta: dict[str, Any], device: to
 
     from rbkit.tools import architectures, train
     from rbkit.tools.examples import statistics
-    from rbkit.tools.models import Classifier
+    from rbkit.tools.models import Classifier, check_logits
 
     classes = _examples.class_count(data, meta)
     mean, std = statistics(data.image)
@@ -337,7 +338,10 @@ def _fresh(options: dict[str, Any], data: Data, meta: dict[str, Any], device: to
         net = architectures.build(
             options["arch"], num_classes=classes, channels=data.image.shape[1], width=options["width"]
         )
-    return Classifier(net, mean=mean, std=std).to(device).to(memory_format=torch.channels_last)
+    classifier = Classifier(net, mean=mean, std=std).to(device).to(memory_format=torch.channels_last)
+    with train.seeded(options["seed"]), blame(Usage, ValueError, prefix=f"{options['arch']}: "):
+        check_logits(copy.deepcopy(classifier), data.image.shape[1:], classes)  # a copy: its statistics move
+    return classifier
 
 
 def _run(

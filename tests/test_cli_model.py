@@ -18,6 +18,15 @@ def make(num_classes):
 """
 
 
+DEEP = """
+import torch
+
+
+def make(num_classes):
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 40), torch.nn.Flatten(), torch.nn.Linear(4, num_classes))
+"""
+
+
 class Evil:
     """A pickle that would make a folder."""
 
@@ -55,3 +64,27 @@ def test_malicious_pickle(tmp_path: Path) -> None:
     )
     assert done.status == 3 and done.err.count("\n") == 1
     assert not (tmp_path / "owned").exists() and not (tmp_path / "m").exists()
+
+
+def test_a_network_that_does_not_run_on_the_images_is_told(
+    tmp_path: Path, stream_file: Path, train_file: Path, model_file: Path
+) -> None:
+    """By rb-train and rb-model before anything is done, by others at the first images; nothing is left behind."""
+    (tmp_path / "deep.py").write_text(DEEP)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 40), torch.nn.Flatten(), torch.nn.Linear(4, 8))
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    arch, both = ("--arch", "deep:make"), ("--arch", "resnet8", "--arch", "deep:make")
+    given = ("rb-model", "import", "w.pt", *arch, "--classes", 8)
+    assert execute(*given, "-o", "m.safetensors", cwd=tmp_path).status == 0
+    one, two = ("-m", "m.safetensors", *arch, "-q"), ("-m", model_file, *both, "-q")
+    asked = [(2, "rb-train", train_file, *arch, "-q"), (3, *given, "--input", "3x32x32")]
+    asked += [(3, tool, stream_file, *one) for tool in ("rb-attack", "rb-saliency", "rb-score", "rb-invert")]
+    asked += [(3, "rb-attack", stream_file, *two, "--surrogate", "m.safetensors")]
+    asked += [(3, "rb-score", stream_file, *two, "-m", "m.safetensors")]
+    for status, *line in asked:
+        done = execute(*line, "-o", "o.st", cwd=tmp_path)
+        assert done.status == status and "images of 3x32x32 (" in done.err and "try rb-data" in done.err, (
+            line,
+            done.err,
+        )
+        assert done.err.count("\n") == 1 and not (tmp_path / "o.st").exists()

@@ -10,7 +10,7 @@ from torch import nn
 
 from rbkit.tools.architectures import build, resnet8, resnet18
 from rbkit.tools.fake_relu import fake_last_relu
-from rbkit.tools.models import Classifier, Evaluation, head_name, in_blocks, padded
+from rbkit.tools.models import Classifier, Evaluation, check_logits, head_name, in_blocks, padded
 from rbkit.tools.weights import strip_wrapping
 
 N, C, H, W, K = 5, 3, 8, 12, 4
@@ -377,6 +377,45 @@ def test_only_the_last_use_lets_gradients_through():
     assert torch.allclose(found, expected, atol=1e-6 + 1e-5 * float(expected.abs().max()))
 
 
+class Gives(nn.Module):
+    """A network that answers with what a function makes of its images."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(x)
+
+
+def too_deep(x):
+    raise AssertionError("Wrong image height!\nExpected 224 but got 8!")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: (x.flatten(1)[:, :K], x), "gives a tuple, expected logits"),
+        (lambda x: x.flatten(1), rf"gives \(2, {C * H * W}\) for 2 images, expected logits, \(2, {K}\)"),
+        (lambda x: x.flatten(1)[0, :K], rf"gives \({K},\) for 2 images"),
+        (too_deep, rf"images of {C}x{H}x{W} \(Wrong image height! Expected 224 but got 8!\); try rb-data --size"),
+        (lambda x: nn.functional.conv2d(x, x.new_zeros(1, C, 9, 9)), r"Kernel size can't be greater"),
+    ],
+)
+def test_what_gives_no_logits_is_refused(answer, message):
+    with pytest.raises(ValueError, match=message):
+        check_logits(classifier(Gives(answer)), (C, H, W), K)
+    check_logits(classifier(Gives(lambda x: x.flatten(1)[:, :K])), (C, H, W), K)
+
+
+def test_a_trial_that_lacks_memory_is_no_fault_of_the_network():
+    def answer(_):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        check_logits(classifier(Gives(answer)), (C, H, W), K)
+
+
 def test_a_network_without_relu_modules_is_refused():
     with pytest.raises(ValueError, match="no ReLU modules"):
         fake_last_relu(Evaluation(classifier(Net(nn.Identity(), C)), block=32), images(32))
@@ -406,6 +445,22 @@ def test_counters_of_norms_may_be_missing_and_tensors_are_copies():
     assert set(found) == set(EXPECTED)
     found["fc.weight"].zero_()
     assert EXPECTED["fc.weight"].abs().sum() > 0
+
+
+def test_heads_that_only_training_uses_may_be_there():
+    """As in the checkpoints of torchvision's googlenet and inception_v3; our own networks may use the names."""
+    state = EXPECTED | {"aux1.fc1.weight": torch.zeros(2), "AuxLogits.fc.bias": torch.zeros(2)}
+    assert list(strip_wrapping(state, EXPECTED)) == list(EXPECTED)
+    assert "aux1.fc1.weight" in strip_wrapping(state, EXPECTED | {"aux1.fc1.weight": torch.zeros(2)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+@pytest.mark.filterwarnings("error")
+def test_networks_of_torchvision_with_such_heads_are_built_without(name):
+    net = build(f"torchvision:{name}", num_classes=K)
+    assert not [key for key in net.state_dict() if key.lower().startswith("aux")]
+    check_logits(classifier(net).train(), (3, 80, 80), K)
 
 
 @pytest.mark.parametrize(

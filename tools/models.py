@@ -34,6 +34,29 @@ class Classifier(nn.Module):
         return self.net((images - _spread(self.mean, images)) / _spread(self.std, images))
 
 
+@torch.no_grad()
+def check_logits(classifier: Classifier, shape: Sequence[int], classes: int) -> None:
+    """Run a classifier, as it is, on two black images of `shape` (C, H, W).
+
+    Raises: ValueError where it does not run on them, or gives something else than logits (2, classes).
+    """
+    images = torch.zeros(2, *shape, device=classifier.mean.device)
+    size = "x".join(map(str, shape))
+    try:
+        logits = classifier(images)
+    except MemoryError:
+        raise
+    except Exception as error:  # the code of the network is anybody's
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"the network does not run on images of {size} ({reason[:200]}); try rb-data --size"
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the network gives a {type(logits).__name__}, expected logits ({classes} for each image)")
+    if tuple(logits.shape) != (2, classes):
+        raise ValueError(f"the network gives {tuple(logits.shape)} for 2 images, expected logits, (2, {classes})")
+
+
 def _spread(values: Tensor, images: Tensor) -> Tensor:
     """Values per channel (C, 1, 1) for each pixel (1, C, H, W), laid out as `images` are.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "ema", "model_ema", "state_dict_ema")
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # torchvision's heads that are for training alone
 PREFIXES = ("module.", "model.", "net.", "_orig_mod.", "backbone.")
 
 
@@ -25,7 +26,8 @@ def _unwrap(saved: object) -> dict[str, Tensor]:
 
 
 def strip_wrapping(saved: object, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `saved` under the keys and dtypes of `expected`: wrappers opened, prefixes removed.
+    """The tensors of `saved` under the keys and dtypes of `expected`: wrappers opened, prefixes and heads that only training
+    uses removed.
 
     Raises: ValueError listing missing and unexpected keys, or the first shape that differs.
     """
@@ -35,6 +37,7 @@ def strip_wrapping(saved: object, expected: dict[str, Tensor]) -> dict[str, Tens
         if prefix is None:
             break
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    state = {key: value for key, value in state.items() if key in expected or not key.startswith(AUXILIARY)}
     counters = {key for key in expected if key.endswith("num_batches_tracked")}
     missing, unexpected = sorted(set(expected) - set(state) - counters), sorted(set(state) - set(expected))
     if missing or unexpected:

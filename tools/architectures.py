@@ -88,10 +88,7 @@ def resnet18(*, num_classes: int, channels: int = 3, width: int = 64) -> nn.Modu
 
 
 # torchvision's that have heads for training alone, which would be outputs beside the logits.
-AUXILIARY = {
-    "googlenet": {"aux_logits": False, "init_weights": False},
-    "inception_v3": {"aux_logits": False, "init_weights": False},
-}
+AUXILIARY = dict.fromkeys(("googlenet", "inception_v3"), {"aux_logits": False, "init_weights": False})
 OWN: dict[str, Callable[..., nn.Module]] = {"resnet8": resnet8, "resnet18": resnet18}
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 

@@ -87,8 +87,7 @@ def resnet18(*, num_classes: int, channels: int = 3, width: int = 64) -> nn.Modu
     return ResNet(2, widths, [1, 2, 2, 2], stem=width, num_classes=num_classes, channels=channels)
 
 
-# torchvision's that have heads for training alone, which would be outputs beside the logits.
-AUXILIARY = dict.fromkeys(("googlenet", "inception_v3"), {"aux_logits": False, "init_weights": False})
+WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")  # which would be outputs beside the logits
 OWN: dict[str, Callable[..., nn.Module]] = {"resnet8": resnet8, "resnet18": resnet18}
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -103,7 +102,8 @@ def _torchvision(name: str, *, num_classes: int, channels: int) -> nn.Module:
 
     if name not in models.list_models(module=models):
         raise ValueError(f"torchvision has no classifier {name!r}; try torchvision:resnet50")
-    net = models.get_model(name, weights=None, num_classes=num_classes, **AUXILIARY.get(name, {}))
+    options = {"aux_logits": False, "init_weights": False} if name in WITH_AUXILIARY_HEADS else {}
+    net = models.get_model(name, weights=None, num_classes=num_classes, **options)
     if channels != 3:
         raise ValueError(f"torchvision:{name} takes 3 channels, got {channels}; try rb-data --rgb, or resnet18")
     return net

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from torch import nn
 
 from rbkit.tools.attack import pgd
 from rbkit.tools.flow import polling
-from rbkit.tools.models import Evaluation
 from rbkit.tools.slots import Batch
 from rbkit.tools.stages import run
 
-STEPS, SPRINT, WIDE = 20, 2, 128
+STEPS, SPRINT = 20, 2
+STEP = {norm: 2.5 * eps / STEPS for norm, eps in EPS.items()}  # that of rb-attack where none is given
+PAPER_STEP = 0.1  # of PGD-20 at L2 0.5 in arXiv 2307.02500
 
 
 def ours(place: Bed, *, norm: str, **options: Any) -> Told:
@@ -30,12 +30,12 @@ def ours(place: Bed, *, norm: str, **options: Any) -> Told:
     return Told(f"{1 - broken.double().mean():.3f}")
 
 
-def torchattacks_pgd(place: Bed, *, norm: str) -> Told:
+def torchattacks_pgd(place: Bed, *, norm: str, step_size: float | None = None) -> Told:
     """torchattacks' PGD, in blocks of 64, and the accuracy that is left."""
     import torchattacks
 
     kind = torchattacks.PGDL2 if norm == "l2" else torchattacks.PGD
-    attack = kind(place.plain, eps=EPS[norm], alpha=2.5 * EPS[norm] / STEPS, steps=STEPS, random_start=True)
+    attack = kind(place.plain, eps=EPS[norm], alpha=step_size or STEP[norm], steps=STEPS, random_start=True)
     right = 0
     for images, labels in place.blocks():
         moved = attack(images, labels)
@@ -50,7 +50,7 @@ def foolbox_pgd(place: Bed, *, norm: str) -> None:
 
     model = foolbox.PyTorchModel(place.plain, bounds=(0, 1), device="cpu")
     kind = foolbox.attacks.L2ProjectedGradientDescentAttack if norm == "l2" else foolbox.attacks.LinfPGD
-    attack = kind(abs_stepsize=2.5 * EPS[norm] / STEPS, steps=STEPS, random_start=True)
+    attack = kind(abs_stepsize=STEP[norm], steps=STEPS, random_start=True)
     for images, labels in place.blocks():
         attack(model, images, labels, epsilons=[EPS[norm]])
 
@@ -64,7 +64,7 @@ def art_pgd(place: Bed, *, norm: str) -> None:
         place.plain, nn.CrossEntropyLoss(), tuple(place.images.shape[1:]), 8, clip_values=(0, 1), device_type="cpu"
     )
     attack = ProjectedGradientDescentPyTorch(
-        model, norm=2 if norm == "l2" else "inf", eps=EPS[norm], eps_step=2.5 * EPS[norm] / STEPS, max_iter=STEPS,
+        model, norm=2 if norm == "l2" else "inf", eps=EPS[norm], eps_step=STEP[norm], max_iter=STEPS,
         num_random_init=1, batch_size=64, verbose=False,
     )  # fmt: skip
     attack.generate(place.images.numpy(), place.labels.numpy())
@@ -77,7 +77,7 @@ def captum_pgd(place: Bed, *, norm: str) -> None:
     attack = PGD(place.plain, lower_bound=0, upper_bound=1)
     for images, labels in place.blocks():
         attack.perturb(
-            images, radius=EPS[norm], step_size=2.5 * EPS[norm] / STEPS, step_num=STEPS, target=labels, random_start=True,
+            images, radius=EPS[norm], step_size=STEP[norm], step_num=STEPS, target=labels, random_start=True,
             norm="L2" if norm == "l2" else "Linf",
         )  # fmt: skip
 
@@ -98,18 +98,17 @@ def attack_group(place: Bed, title: str, *, norm: str) -> Group:
     )  # fmt: skip
 
 
-def accuracy_group(place: Bed, title: str, *, asked: float, rounds: int, warm: bool = True) -> Group:
-    """Robust accuracy: ours, where a broken image leaves its place to the next one, also with a sprint first or in wide blocks."""
-    wide = replace(place, best=Evaluation(place.plain, block=WIDE, lanes=place.best.lanes))
-    contenders = {
-        "rbkit": functools.partial(ours, place, norm="l2"),
-        f"rbkit --block {WIDE}": functools.partial(ours, wide, norm="l2"),
-        f"rbkit --sprint {SPRINT}": functools.partial(ours, place, norm="l2", sprint=SPRINT),
-    }
-    peers = {"torchattacks": functools.partial(torchattacks_pgd, place, norm="l2")}
+def accuracy_group(place: Bed, title: str, *, asked: float, rounds: int, step_size: float = STEP["l2"]) -> Group:
+    """Robust accuracy: ours, where a broken image leaves its place to the next one, also with a sprint first."""
+    bound = functools.partial
     return Group(
-        f"Robust accuracy under PGD-{STEPS}, L2, {title}", len(place.images), contenders, peers,
-        heading="robust accuracy", rounds=rounds, warm=warm, asked=f"torchattacks takes {asked:g} times as long or more",
+        f"Robust accuracy under PGD-{STEPS}, L2, steps of {step_size:g}, {title}", len(place.images),
+        {
+            "rbkit": bound(ours, place, norm="l2", step_size=step_size),
+            f"rbkit --sprint {SPRINT}": bound(ours, place, norm="l2", step_size=step_size, sprint=SPRINT),
+        },
+        {"torchattacks": bound(torchattacks_pgd, place, norm="l2", step_size=step_size)},
+        heading="robust accuracy", rounds=rounds, warm=False, asked=f"torchattacks takes {asked:g} times as long or more",
     )  # fmt: skip
 
 
@@ -123,18 +122,20 @@ def attacks(setting: Setting) -> Iterator[Group]:
 def accuracy(setting: Setting) -> Iterator[Group]:
     """On enough images for the last blocks, which are no longer full, to matter little: of eight blocks they are a tenth."""
     for model, asked in (("standard", 6), ("robust", 3)):
-        place = setting.bed(model, setting.size(1024))
-        yield accuracy_group(place, f"{model} resnet8", asked=asked, rounds=3, warm=False)
+        places = {f"{model} resnet8": setting.bed(model, setting.size(1024))}
         if setting.pictures is not None:
-            place = setting.picture_bed(model, setting.size(4096 if setting.full else 1024))
-            yield accuracy_group(place, f"{model} resnet8 on pictures", asked=asked, rounds=3, warm=False)
+            count = setting.size(4096 if setting.full else 1024)
+            places[f"{model} resnet8 on pictures"] = setting.picture_bed(model, count)
+        for title, place in places.items():
+            for step_size in (STEP["l2"], PAPER_STEP):
+                yield accuracy_group(place, title, asked=asked, rounds=3, step_size=step_size)
 
 
 def resnet18(setting: Setting) -> Iterator[Group]:
     """The same on a large network; a round is long, so there are few."""
     count = setting.size(128)
-    yield accuracy_group(setting.bed("resnet18", count), "standard resnet18", asked=2, rounds=2, warm=False)
+    yield accuracy_group(setting.bed("resnet18", count), "standard resnet18", asked=2, rounds=2)
     if setting.large:
         robust = setting.bed("resnet18-robust", count)
-        yield accuracy_group(robust, "robust resnet18", asked=2, rounds=2, warm=False)
+        yield accuracy_group(robust, "robust resnet18", asked=2, rounds=2)
         yield attack_group(setting.bed("resnet18", setting.size(32)).agreed(), "L2, standard resnet18", norm="l2")

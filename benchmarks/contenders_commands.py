@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 
 from bed import BLOCK, Setting, command, passes
-from contenders_attack import STEPS, WIDE
+from contenders_attack import STEPS
 from harness import Group, Told, ratio
 
 PYTHON = sys.executable
@@ -38,36 +38,29 @@ def pipe(setting: Setting) -> Iterator[Group]:
     count = setting.size(10_000 if setting.full else 2_000) + SMALL
     model = setting.model("robust").name
 
-    def through(images: int, block: int) -> None:
-        stream, wide = setting.agreed_stream("robust", images).name, "" if block == BLOCK else f"--block {block}"
-        line = f"cat {stream} | rb-attack -m {model} --until end {wide} -q | rb-score -m {model} {wide} -q --json"
-        command(line, setting.folder)
+    def through(images: int) -> None:
+        stream = setting.agreed_stream("robust", images).name
+        command(f"cat {stream} | rb-attack -m {model} --until end -q | rb-score -m {model} -q --json", setting.folder)
 
-    def name(images: int, block: int) -> str:
-        return f"cat | rb-attack --until end | rb-score, {images} images" + f", --block {block}" * (block != BLOCK)
-
-    lines = {name(images, block): (images, block) for block in (BLOCK, WIDE) for images in (count, SMALL)}
-    for images in (count, SMALL):
+    names = {images: f"cat | rb-attack --until end | rb-score, {images} images" for images in (count, SMALL)}
+    for images in names:
         setting.agreed_stream("robust", images)
     floor = functools.partial(passes, setting.bed("robust", count), STEPS, FORWARDS)
 
-    def share(group: Group, block: int) -> str:
+    def shares(group: Group) -> str:
         """The pipe against the floor, with and without what it takes to start it."""
-        least, whole, short = (group.seconds[key] for key in ("floor", name(count, block), name(SMALL, block)))
+        least, whole, short = (group.seconds[key] for key in ("floor", names[count], names[SMALL]))
         more = [long - start for long, start in zip(whole, short, strict=True)]
         going = ratio(least, more) * (count - SMALL) / count
-        return f"{100 * going:.0f} % by what more images take, {100 * ratio(least, whole):.0f} % with the start"
-
-    def shares(group: Group) -> str:
         return (
             f"The floor is {STEPS} gradient and {FORWARDS} forward passes an image, {BLOCK} at a time. Of it: "
-            f"{share(group, BLOCK)}; with --block {WIDE} {share(group, WIDE)}."
+            f"{100 * going:.0f} % by what more images take, {100 * ratio(least, whole):.0f} % with the start."
         )
 
     yield Group(
         f"PGD-{STEPS} without early exit through a pipe of three commands", count,
-        {key: functools.partial(through, *line) for key, line in lines.items()}, floors={"floor": floor},
-        reference=name(count, BLOCK), rounds=3, warm=False, asked="90 % of the floor", after=shares,
+        {name: functools.partial(through, images) for images, name in names.items()}, floors={"floor": floor},
+        reference=names[count], rounds=3, warm=False, asked="90 % of the floor", after=shares,
     )  # fmt: skip
 
 

@@ -102,7 +102,6 @@ def _export(source: str, output: str, *, no_clobber: bool) -> None:
 
 def _import(options: dict[str, Any]) -> None:
     from rbkit.tools.architectures import build
-    from rbkit.tools.models import Classifier, check_logits
     from rbkit.tools.weights import strip_wrapping
 
     if options["arch"] is None or options["classes"] is None:
@@ -117,8 +116,6 @@ def _import(options: dict[str, Any]) -> None:
         net = build(options["arch"], num_classes=count, channels=channels, width=options["width"])
     with blame(Input, ValueError, prefix=f"{options['source']}: "):
         kept = strip_wrapping(state, net.state_dict())
-        if size is not None:
-            check_logits(Classifier(net.eval(), mean=mean, std=std), size, count)
     meta: dict[str, Any] = {
         "kind": "model", "arch": options["arch"], "width": options["width"], "num_classes": count, "classes": names,
         "input": None if size is None else list(size), "mean": mean, "std": std, "recipe": {"method": "imported"},

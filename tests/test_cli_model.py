@@ -69,15 +69,15 @@ def test_malicious_pickle(tmp_path: Path) -> None:
 def test_a_network_that_does_not_run_on_the_images_is_told(
     tmp_path: Path, stream_file: Path, train_file: Path, model_file: Path
 ) -> None:
-    """By rb-train and rb-model before anything is done, by others at the first images; nothing is left behind."""
+    """By rb-train before anything is done, by others at the first images, never by the import; nothing is left behind."""
     (tmp_path / "deep.py").write_text(DEEP)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 40), torch.nn.Flatten(), torch.nn.Linear(4, 8))
     torch.save(net.state_dict(), tmp_path / "w.pt")
     arch, both = ("--arch", "deep:make"), ("--arch", "resnet8", "--arch", "deep:make")
-    given = ("rb-model", "import", "w.pt", *arch, "--classes", 8)
+    given = ("rb-model", "import", "w.pt", *arch, "--classes", 8, "--input", "3x32x32")
     assert execute(*given, "-o", "m.safetensors", cwd=tmp_path).status == 0
     one, two = ("-m", "m.safetensors", *arch, "-q"), ("-m", model_file, *both, "-q")
-    asked = [(2, "rb-train", train_file, *arch, "-q"), (3, *given, "--input", "3x32x32")]
+    asked = [(2, "rb-train", train_file, *arch, "-q")]
     asked += [(3, tool, stream_file, *one) for tool in ("rb-attack", "rb-saliency", "rb-score", "rb-invert")]
     asked += [(3, "rb-attack", stream_file, *two, "--surrogate", "m.safetensors")]
     asked += [(3, "rb-score", stream_file, *two, "-m", "m.safetensors")]

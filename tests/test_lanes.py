@@ -73,15 +73,33 @@ def assert_same(found, expected):
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_have_the_numbers_that_one_block_gives(name, norm):
-    x, label = labelled(150)
+@pytest.mark.parametrize("sizes", [[40, 60, 50], [20, 30]])
+def test_rows_have_the_numbers_that_one_block_gives(name, norm, sizes):
+    """Rows that fill two blocks, and rows for which one is too narrow."""
+    x, label = labelled(sum(sizes))
     spec = spec_of(name, norm, restarts=1 if name in ("auto", "apgd-t") else 2)
-    expected = results(evaluation(convnet()), spec, polling(in_parts(x, label, [40, 60, 50])), 1)
+    expected = results(evaluation(convnet()), spec, polling(in_parts(x, label, sizes)), 1)
     victim = evaluation(convnet())
     used = seen(victim)
-    found = results(victim, spec, polling(in_parts(x, label, [40, 60, 50])), 2)
+    found = results(victim, spec, polling(in_parts(x, label, sizes)), 2)
     assert_same(found, expected)
     assert len({thread for thread, _ in used}) == 3  # two lanes, and the one in which all threads compute the last rows
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("rows", "width"), [(50, 25), (64, 32), (32, None)])
+def test_rows_that_would_wait_for_a_block_are_shared_evenly(rows, width):
+    x, label = labelled(rows)
+    victim, spec = evaluation(convnet()), spec_of("pgd", "l2", until="end")
+    used = seen(victim)
+    flows = Flow(
+        spec.goal(victim), spec.ascent(), polling(in_parts(x, label, [rows])),
+        block=32, widths=lambda count, _: count, lanes=lanes.Lanes(2),
+    )  # fmt: skip
+    list(finished(flows.poll))
+    lanes_of = {thread for thread, _ in used} - {threading.get_ident()}
+    widths = [{count for thread, count in used if thread == lane} - {32} for lane in lanes_of]
+    assert widths == ([] if width is None else [{width} - {32}] * 2)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -133,9 +151,9 @@ def test_blocks_of_few_rows_come_together_in_one_of_full_width(count):
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize(("most", "rows", "refill"), [(1, 150, True), (2, 63, True), (2, 150, False)])
+@pytest.mark.parametrize(("most", "rows", "refill"), [(1, 150, True), (2, 32, True), (2, 150, False)])
 def test_one_block_at_a_time(most, rows, refill):
-    """Where only one is allowed, where rows do not fill two, and where a block is one batch."""
+    """Where only one is allowed, where there is room for all rows in one, and where a block is one batch."""
     x, label = labelled(rows)
     victim = evaluation(convnet())
     victim.lanes, used = lanes.Lanes(most), seen(victim)
@@ -213,7 +231,7 @@ def test_lanes_share_the_threads_and_leave_none_idle(threads, blocks, count, eac
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(
-    ("threads", "most", "rows", "opened"), [(8, 8, 150, 4), (8, 3, 150, 2), (4, 8, 110, 2), (4, 8, 200, 4)]
+    ("threads", "most", "rows", "opened"), [(8, 8, 150, 4), (8, 3, 150, 2), (4, 8, 110, 4), (4, 8, 200, 4)]
 )
 def test_as_many_lanes_are_opened_as_there_are_rows_for(threads, most, rows, opened):
     x, label = labelled(rows)

@@ -47,14 +47,14 @@ class _Lane:
     padded: float = 0.0
     turn: Future[Tensor] | None = None
 
-    def take(self, width: int) -> None:
-        """Go on in a block of `width` rows, those at work first."""
-        idle = [s for s in range(self.slots.block) if s not in self.owner]
-        kept = (sorted(self.owner) + idle)[:width]
+    def take(self, width: int, of: Slots, owner: dict[int, tuple[_Entry, int]]) -> None:
+        """Go on in a block of `width` rows with those that sit in slots `of` a block, which may be this one."""
+        idle = [s for s in range(of.block) if s not in owner]
+        kept = (sorted(owner) + idle)[:width]
         kept += kept[-1:] * (width - len(kept))
-        self.slots.take(torch.tensor(kept, device=self.slots.ids.device))
-        self.slots.active[len(self.owner) :] = False
-        self.owner = {new: self.owner[old] for new, old in enumerate(kept[: len(self.owner)])}
+        self.slots.take(torch.tensor(kept, device=of.ids.device), of)
+        self.slots.active[len(owner) :] = False
+        self.owner = {new: owner[old] for new, old in enumerate(kept[: len(owner)])}
 
     def join(self, other: _Lane) -> None:
         """Take in the slots of another block, behind those that are here."""
@@ -109,6 +109,7 @@ class Flow:
             if not self.open:
                 self.open.append(self._lane())
             self._spread()
+            self._even()
             self._gather()
             if len(self.open) > 1:
                 self._side_by_side()
@@ -178,26 +179,65 @@ class Flow:
             return
         while self.at_hand < self.most * self.block and self.ask(False):
             pass
-        count = lanes.to_open(min(self.at_hand // self.block, self.most))
-        if count <= len(self.open) or self.turns < PATIENCE * count:
-            return
-        self._await(return_when=ALL_COMPLETED)
-        allowed = lanes.opened(count, slots.looked)
-        if allowed < count:
-            self.most = max(allowed, len(self.open))
+        allowed = self._allowed(lanes.to_open(min(self.at_hand // self.block, self.most)))
         self.open += [self._lane() for _ in range(allowed - len(self.open))]
+
+    def _even(self) -> None:
+        """Open another block for the last rows where those that are open have no room for all, and give each an even share.
+
+        They are narrower then. Rows that waited would begin when the others are done.
+        """
+        lanes, slots = self.lanes, self.open[0].slots
+        if lanes is None or self.widths is None or not self.ended or not lanes.fit(slots.clean) or self._roomy():
+            return
+        count = lanes.to_open(min(-(-self.at_hand // self.block), self.most))
+        if count == len(self.open) or self._allowed(count) < count or self._roomy():
+            return
+        with threads(lanes.each(count)):
+            width = self.widths(-(-self.at_hand // count), slots.clean)
+        if width < self.block:
+            self._divide(count, width)
+
+    def _roomy(self) -> bool:
+        """Whether the open blocks have room for all rows."""
+        return self.at_hand <= len(self.open) * self.block
+
+    def _allowed(self, count: int) -> int:
+        """How many of `count` blocks may lie side by side, no fewer than now; if it is more, all are at rest."""
+        assert self.lanes is not None
+        if count <= len(self.open) or self.turns < PATIENCE * count:
+            return len(self.open)
+        self._await(return_when=ALL_COMPLETED)
+        allowed = max(self.lanes.opened(count, self.open[0].slots.looked), len(self.open))
+        if allowed < count:
+            self.most = allowed
+        return allowed
+
+    def _divide(self, count: int, width: int) -> None:
+        """Share the rows at work among `count` blocks of `width` rows."""
+        whole = self._joined()
+        rows = sorted(whole.owner)
+        lanes = [self._lane() for _ in range(count)]
+        for number, lane in enumerate(lanes):
+            lane.take(width, whole.slots, {slot: whole.owner[slot] for slot in rows[number::count]})
+        self.open = lanes
+
+    def _joined(self) -> _Lane:
+        """All that is at work in one block, as wide as all are together."""
+        self._await(return_when=ALL_COMPLETED)
+        first, *others = self.open
+        for lane in others:
+            first.join(lane)
+        return first
 
     def _gather(self) -> None:
         """Go on in one block where it has room for all the rows that there are."""
         while len(self.open) > 1 and self.at_hand <= self.block:
             if self.ask(False):
                 continue
-            self._await(return_when=ALL_COMPLETED)
-            first, *others = self.open
-            for lane in others:
-                first.join(lane)
-            first.take(self.block)
-            self.open = [first]
+            lane = self._joined()
+            lane.take(self.block, lane.slots, lane.owner)
+            self.open = [lane]
 
     def _serve(self, lane: _Lane) -> None:
         """Give free slots of a block to waiting rows, or close them."""
@@ -246,7 +286,7 @@ class Flow:
             return
         lane.padded, width = 0.0, self.widths(room, slots.clean)
         if width < slots.block:
-            lane.take(width)
+            lane.take(width, slots, lane.owner)
 
     def collect(self, lane: _Lane, done: Tensor) -> None:
         """Copy the results of finished slots to their rows."""

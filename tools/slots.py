@@ -149,13 +149,13 @@ class Slots(ABC):
         self._aim(slots)
         self.begin(slots)
 
-    def take(self, slots: Tensor) -> None:
-        """Go on with these slots (int64 indices) alone, in this order: a narrower block."""
+    def take(self, slots: Tensor, of: Slots) -> None:
+        """Go on with these slots (int64 indices) `of` a block of the same kind, which may be this one, in this order."""
         for name in self.STATE:
-            setattr(self, name, getattr(self, name)[slots])
+            setattr(self, name, getattr(of, name)[slots])
         for name in PER_SLOT:
-            setattr(self.best, name, getattr(self.best, name)[slots])
-        self.context = {key: values[slots] for key, values in self.context.items()}
+            setattr(self.best, name, getattr(of.best, name)[slots])
+        self.context = {key: values[slots] for key, values in of.context.items()}
         self.block = len(slots)
 
     def join(self, other: Slots) -> None:

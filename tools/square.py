@@ -115,9 +115,9 @@ class SquareSlots(Slots):
         """Several queries of each example are computed at once, where they fit."""
         return min(max(count * min(self.block // count, AHEAD), FEW), self.block)
 
-    def take(self, slots: Tensor) -> None:
+    def take(self, slots: Tensor, of: Slots) -> None:
         """Go on with these slots alone."""
-        super().take(slots)
+        super().take(slots, of)
         self.tries = None
 
     def advance(self) -> Tensor:

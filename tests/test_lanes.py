@@ -103,6 +103,18 @@ def test_rows_that_would_wait_for_a_block_are_shared_evenly(rows, width):
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_rows_wait_for_a_block_where_a_narrower_one_gives_other_numbers():
+    x, label = labelled(50)
+    victim, spec, asked = evaluation(convnet()), spec_of("pgd", "l2", until="end"), []
+    flows = Flow(
+        spec.goal(victim), spec.ascent(), polling(in_parts(x, label, [50])),
+        block=32, widths=lambda count, _: asked.append(count) or 32, lanes=lanes.Lanes(2),
+    )  # fmt: skip
+    list(finished(flows.poll))
+    assert asked.count(25) == 1 and len(flows.open) == 1  # once is enough
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_the_last_rows_are_computed_in_one_block_by_all_threads():
     x, label = labelled(100)
     victim, used = evaluation(convnet()), []

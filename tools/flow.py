@@ -197,6 +197,8 @@ class Flow:
             width = self.widths(-(-self.at_hand // count), slots.clean)
         if width < self.block:
             self._divide(count, width)
+        else:
+            self.most = len(self.open)
 
     def _roomy(self) -> bool:
         """Whether the open blocks have room for all rows."""

@@ -73,11 +73,12 @@ def assert_same(found, expected):
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("sizes", [[40, 60, 50], [20, 30]])
-def test_rows_have_the_numbers_that_one_block_gives(name, norm, sizes):
-    """Rows that fill two blocks, and rows for which one is too narrow."""
+@pytest.mark.parametrize(("sizes", "patience", "until"), [([40, 60, 50], 0, "broken"), ([20, 30], 1, "end")])
+def test_rows_have_the_numbers_that_one_block_gives(name, norm, sizes, patience, until, monkeypatch):
+    """Rows that fill two blocks, and rows for which one, where some are at work already, is too narrow."""
+    monkeypatch.setattr(flow, "PATIENCE", patience)
     x, label = labelled(sum(sizes))
-    spec = spec_of(name, norm, restarts=1 if name in ("auto", "apgd-t") else 2)
+    spec = spec_of(name, norm, restarts=1 if name in ("auto", "apgd-t") else 2, until=until)
     expected = results(evaluation(convnet()), spec, polling(in_parts(x, label, sizes)), 1)
     victim = evaluation(convnet())
     used = seen(victim)

@@ -73,7 +73,8 @@ class Flow:
     last bit. The last rows of the input go on in it, since much of a full block would be padding. As it costs PATIENCE
     evaluations to tell, it is asked when padding has cost as much: a short attack never pays for it.
 
-    With `lanes`, as many blocks are computed side by side as there are rows to fill. The last rows go on in one.
+    With `lanes`, as many blocks are computed side by side as there are rows to fill. The last rows share narrower ones evenly, and
+    go on in one as soon as it has room for all.
     """
 
     def __init__(

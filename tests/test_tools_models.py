@@ -490,3 +490,50 @@ def test_a_weight_that_a_hook_writes_is_not_folded():
     folded, x = Evaluation(model, block=32), torch.rand(N, C, H, W)
     assert folded.pairs == [("2", "3")]
     assert torch.allclose(folded.logits(x), model(x), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- ReLU in place
+
+
+class Branches(nn.Module):
+    """ReLUs of which some share their input with another step, or with the network's own memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.watched, self.norm = (nn.Conv2d(C, C, 3, padding=1) for _ in range(3))
+        self.bn = nn.BatchNorm2d(C)
+        self.alone, self.behind_norm, self.of_sum, self.twice = (nn.ReLU() for _ in range(4))
+        self.of_input, self.beside, self.of_view, self.of_watched, self.both = (nn.ReLU() for _ in range(5))
+        self.seen: list[torch.Tensor] = []
+        self.watched.register_forward_hook(lambda _, __, output: self.seen.append(output))
+
+    def forward(self, x):
+        y = self.alone(self.conv(x)) + self.of_input(x)
+        z = self.norm(y)
+        y = self.behind_norm(self.bn(self.conv(y))) + self.beside(z) - z
+        y = self.of_sum(y + x) + self.of_watched(self.watched(x)) + self.both(self.norm(x))
+        y = self.twice(self.norm(self.twice(torch.add(y, x))))
+        return self.both(x) + self.of_view(y.flatten(1).view(y.shape))
+
+
+FREE = {"alone", "behind_norm", "of_sum", "twice"}
+
+
+def test_a_relu_writes_over_its_input_where_nothing_else_makes_use_of_it():
+    model = classifier(Net(Branches(), C))
+    evaluation, x = Evaluation(model, block=32), images(32)
+    relus = {name: m for name, m in evaluation.model.net.trunk.named_modules() if isinstance(m, nn.ReLU)}
+    assert {name for name, relu in relus.items() if relu.inplace} == FREE
+    weights = torch.randn(32, K, generator=torch.Generator().manual_seed(3))
+    found = gradient(evaluation, x, weights)
+    for relu in relus.values():
+        relu.inplace = False
+    expected = gradient(evaluation, x, weights)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert not any(m.inplace for m in model.modules() if isinstance(m, nn.ReLU))  # the model itself is as it was
+
+
+@pytest.mark.parametrize("make", [lambda: resnet8(num_classes=K, width=4), lambda: Net(TwiceUsed(), C)])
+def test_every_relu_of_a_residual_network_writes_over_its_input(make):
+    evaluation = Evaluation(classifier(make()), block=32)
+    assert all(m.inplace for m in evaluation.modules() if isinstance(m, nn.ReLU))

@@ -1,10 +1,12 @@
-"""A classifier and its one evaluation form: normalisation inside, BatchNorm folded, channels-last, frozen."""
+"""A classifier and its one evaluation form: normalisation inside, BatchNorm folded, channels-last, frozen, ReLU in place."""
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -67,15 +69,16 @@ def _spread(values: Tensor, images: Tensor) -> Tensor:
     return values.expand(images.shape[1:])[None].contiguous(memory_format=layout)
 
 
-def _single_pairs(net: nn.Module) -> list[tuple[str, str]]:
-    """(convolution, BatchNorm) names where the norm is the only user of the convolution and both run once.
-
-    A network whose code cannot be traced has no pairs and runs unfolded.
-    """
+def _traced(net: nn.Module) -> fx.Graph:
+    """What a network does, step by step; a graph without steps where its code cannot be traced, which then runs as it is."""
     try:
-        graph = fx.Tracer().trace(net)
+        return fx.Tracer().trace(net)
     except Exception:  # the code of the network is anybody's: tracing may raise anything
-        return []
+        return fx.Graph()
+
+
+def _single_pairs(net: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
+    """(convolution, BatchNorm) names where the norm is the only user of the convolution and both run once."""
     calls = [node for node in graph.nodes if node.op == "call_module"]
     counts: dict[str, int] = {}
     for node in calls:
@@ -95,6 +98,34 @@ def _single_pairs(net: nn.Module) -> list[tuple[str, str]]:
         if plain and counts[names[0]] == counts[names[1]] == 1 and not touched & set(names):
             pairs.append(names)
     return pairs
+
+
+FRESH = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)  # their output is a tensor of its own, which their gradient does without
+ADDITIONS: tuple[Any, ...] = (operator.add, torch.add)
+
+
+def _sparing_relus(net: nn.Module, graph: fx.Graph) -> list[nn.ReLU]:
+    """ReLUs that may write over their input, since nothing else makes use of it.
+
+    The numbers are the same, and some of the traffic with memory, of which a small network has much, is saved.
+    """
+    modules = dict(net.named_modules())
+    free: dict[str, bool] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and type(modules[str(node.target)]) is nn.ReLU:
+            name = str(node.target)
+            free[name] = free.get(name, True) and all(_is_spare(source, modules) for source in node.all_input_nodes)
+    return [relu for name, relu in modules.items() if isinstance(relu, nn.ReLU) and free.get(name)]
+
+
+def _is_spare(source: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the one user of what a step gives may write over it."""
+    if source.op == "call_module":
+        module = modules[str(source.target)]
+        fresh = type(module) in FRESH and not module._forward_hooks
+    else:
+        fresh = source.op == "call_function" and source.target in ADDITIONS
+    return fresh and len(source.users) == 1
 
 
 def _convolution(net: nn.Module, name: str) -> nn.Conv2d:
@@ -130,7 +161,10 @@ class Evaluation(nn.Module):
             raise ValueError(f"block {block}: expected a positive multiple of 32")
         self.block = block
         self.model = copy.deepcopy(classifier).eval().requires_grad_(False)
-        self.pairs = _single_pairs(self.model.net)
+        graph = _traced(self.model.net)
+        self.pairs = _single_pairs(self.model.net, graph)
+        for relu in _sparing_relus(self.model.net, graph):
+            relu.inplace = True
         for conv_name, norm_name in self.pairs:
             conv = _convolution(self.model.net, conv_name)
             if conv.bias is None:

@@ -24,7 +24,8 @@ from peers import Peers
 from torch import Tensor
 
 from rbkit.cli import _input
-from rbkit.cli._compute import load_model
+from rbkit.cli._compute import load_model, model_chunk
+from rbkit.tools.architectures import is_factory
 from rbkit.tools.attack import QUERIES, STEPS, TARGETS, Attack, auto, fab_t
 from rbkit.tools.examples import as_float
 from rbkit.tools.flow import polling
@@ -40,7 +41,10 @@ REFERENCE_NORM = {"l2": "L2", "linf": "Linf"}
 
 @dataclass(frozen=True)
 class Case:
-    """A model under attack: images (N, C, H, W) in [0, 1] with labels, the ball, and how much is tried, twice or once."""
+    """A model under attack: images (N, C, H, W) in [0, 1] with labels, the ball, and how much is tried, twice or once.
+
+    side_by_side: whether its code bears to be run by several threads, as rb-attack has it.
+    """
 
     name: str
     model: Classifier
@@ -48,6 +52,7 @@ class Case:
     labels: Tensor
     norm: str
     eps: float
+    side_by_side: bool = True
     steps: int = STEPS
     queries: int = QUERIES
     twice: bool = True
@@ -88,15 +93,17 @@ def read(path: str, count: int) -> tuple[Tensor, Tensor]:
     return as_float(torch.from_numpy(image.copy())[rows]), torch.from_numpy(label.copy())[rows]
 
 
-def case_of(text: str, count: int, **effort: int) -> Case:
-    """A case as it is written on the command line: NAME=MODEL,STREAM,NORM:EPS."""
+def case_of(text: str, count: int, *, archs: list[str] | None = None, **effort: int) -> Case:
+    """A case as it is written on the command line: NAME=MODEL,STREAM,NORM:EPS. Code is run of those `archs` alone."""
     name, _, rest = text.partition("=")
     model, stream, ball = rest.split(",")
     norm, _, eps = ball.partition(":")
     top, _, bottom = eps.partition("/")
-    plain = load_model(model, archs=None, device=torch.device("cpu")).classifier.requires_grad_(False)
+    own = is_factory(str(model_chunk(model).meta["arch"]))
+    loaded = load_model(model, archs=archs if own else None, device=torch.device("cpu"))
+    plain = loaded.classifier.requires_grad_(False)
     images, labels = read(stream, count)
-    return Case(name, plain, images, labels, norm, float(top) / float(bottom or 1), **effort)
+    return Case(name, plain, images, labels, norm, float(top) / float(bottom or 1), side_by_side=not own, **effort)
 
 
 @contextlib.contextmanager
@@ -109,7 +116,7 @@ def timed(network: torch.nn.Module) -> Iterator[Callable[[], dict[str, Any]]]:
 
 def ours(case: Case, spec: Attack) -> Run:
     """An attack of rb-attack, in process."""
-    best = Evaluation(case.model, lanes=Lanes())
+    best = Evaluation(case.model, lanes=Lanes() if case.side_by_side else None)
     batch = Batch(torch.arange(len(case.labels)), case.images, {"label": case.labels})
     with timed(best) as taken:
         found: Attacked = next(result for _, result in run(best, spec, polling([batch])))
@@ -221,6 +228,9 @@ def main() -> None:
     """Measure the cases and write the tables, which are also printed as they grow."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", nargs="+", help="NAME=MODEL,STREAM,NORM:EPS")
+    parser.add_argument(
+        "--arch", nargs="+", help="package.module:factory whose code may be run, as small_cnn:small_cnn"
+    )
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--fab-images", type=int, default=100, help="images whose distances are compared; 0 for none")
     parser.add_argument("--steps", type=int, default=STEPS, help="of every gradient attack, on each target")
@@ -251,7 +261,8 @@ def compare(given: argparse.Namespace, peers: Peers) -> None:
     for measure, names, count, text in parts:
         lines += [*([text] if text else []), *heads(names)]
         for written in given.case:
-            lines.append(measure(case_of(written, count, **effort), given.reference, peers))
+            case = case_of(written, count, archs=given.arch, **effort)
+            lines.append(measure(case, given.reference, peers))
             print(lines[-1], flush=True)
     given.output.write_text("\n".join(lines) + "\n")
 

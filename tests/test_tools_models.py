@@ -501,9 +501,10 @@ class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.watched, self.norm = (nn.Conv2d(C, C, 3, padding=1) for _ in range(3))
-        self.bn = nn.BatchNorm2d(C)
+        self.bn, self.same = nn.BatchNorm2d(C), nn.Identity()
         self.alone, self.behind_norm, self.of_sum, self.twice = (nn.ReLU() for _ in range(4))
-        self.of_input, self.beside, self.of_view, self.of_watched, self.both = (nn.ReLU() for _ in range(5))
+        self.of_input, self.of_same, self.beside, self.of_view, self.of_watched = (nn.ReLU() for _ in range(5))
+        self.first_only, self.last_only = nn.ReLU(), nn.ReLU()
         self.seen: list[torch.Tensor] = []
         self.watched.register_forward_hook(lambda _, __, output: self.seen.append(output))
 
@@ -511,9 +512,9 @@ class Branches(nn.Module):
         y = self.alone(self.conv(x)) + self.of_input(x)
         z = self.norm(y)
         y = self.behind_norm(self.bn(self.conv(y))) + self.beside(z) - z
-        y = self.of_sum(y + x) + self.of_watched(self.watched(x)) + self.both(self.norm(x))
-        y = self.twice(self.norm(self.twice(torch.add(y, x))))
-        return self.both(x) + self.of_view(y.flatten(1).view(y.shape))
+        y = self.of_sum(y + x) + self.of_watched(self.watched(x)) + self.of_same(self.same(x))
+        y = self.twice(self.norm(self.twice(torch.add(y, x)))) + self.first_only(self.norm(x)) + self.last_only(x)
+        return self.first_only(x) + self.last_only(self.norm(x)) + self.of_view(y.flatten(1).view(y.shape))
 
 
 FREE = {"alone", "behind_norm", "of_sum", "twice"}

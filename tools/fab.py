@@ -51,11 +51,12 @@ def project(images: Tensor, normal: Tensor, offset: Tensor, *, norm: str) -> Ten
     box leaves (section 3.1). What is gained, sum |normal| min(t s, room), is concave and piecewise linear in t, so that
     Newton's method from 0 rises to its root and ends there.
     """
-    scale = normal.abs().amax((1, 2, 3))
+    magnitude = normal.abs()
+    scale = magnitude.amax((1, 2, 3))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # so that no square of an entry vanishes
     sign = normal.sign() * per_row(torch.where(offset >= 0, 1.0, -1.0).to(images))
-    weight = normal.abs() / per_row(scale)
-    room = torch.where(sign > 0, 1 - images, images) * (weight > 0)
+    weight = magnitude / per_row(scale)
+    room = torch.where(sign > 0, 1 - images, images)
     speed = weight if norm == "l2" else (weight > 0).to(weight)
     return torch.minimum(per_row(_root(weight, speed, room, offset.abs() / scale)) * speed, room) * sign
 
@@ -72,7 +73,7 @@ def _root(weight: Tensor, speed: Tensor, room: Tensor, wanted: Tensor) -> Tensor
     going = free > 0
     while bool(going.any()):
         reached = per_row(t) * slope
-        left = (slope * (reached < gain)).sum((1, 2, 3))
+        left = torch.where(reached < gain, slope, 0).sum((1, 2, 3))
         going = going & (left < free)
         step = (wanted - torch.minimum(reached, gain).sum((1, 2, 3))).clamp_min(0) / left.clamp_min(1 / FAR)
         # Without free entries all the room is used; FAR where that is not enough.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -330,7 +329,7 @@ def _fresh(options: dict[str, Any], data: Data, meta: dict[str, Any], device: to
 
     from rbkit.tools import architectures, train
     from rbkit.tools.examples import statistics
-    from rbkit.tools.models import Classifier, check_logits
+    from rbkit.tools.models import Classifier, check_logits, copied
 
     classes = _examples.class_count(data, meta)
     mean, std = statistics(data.image)
@@ -340,7 +339,7 @@ def _fresh(options: dict[str, Any], data: Data, meta: dict[str, Any], device: to
         )
     classifier = Classifier(net, mean=mean, std=std).to(device).to(memory_format=torch.channels_last)
     with train.seeded(options["seed"]), blame(Usage, ValueError, prefix=f"{options['arch']}: "):
-        check_logits(copy.deepcopy(classifier), data.image.shape[1:], classes)  # a copy: its statistics move
+        check_logits(copied(classifier), data.image.shape[1:], classes)  # a copy: its statistics move
     return classifier
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from rbkit.tools.architectures import build, resnet8, resnet18
 from rbkit.tools.fake_relu import fake_last_relu
-from rbkit.tools.models import Classifier, Evaluation, check_logits, head_name, in_blocks, padded
+from rbkit.tools.models import Classifier, Evaluation, check_logits, copied, head_name, in_blocks, padded
 from rbkit.tools.weights import strip_wrapping
 
 N, C, H, W, K = 5, 3, 8, 12, 4
@@ -538,3 +538,34 @@ def test_a_relu_writes_over_its_input_where_nothing_else_makes_use_of_it():
 def test_every_relu_of_a_residual_network_writes_over_its_input(make):
     evaluation = Evaluation(classifier(make()), block=32)
     assert all(m.inplace for m in evaluation.modules() if isinstance(m, nn.ReLU))
+
+
+# ------------------------------------------------------------------------------- what a network keeps of a pass
+
+
+class Watched(nn.Module):
+    """A network that keeps what it computed last, as those do that show their attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(C, C, 3, padding=1)
+        self.last, self.seen = None, {"maps": []}
+
+    def forward(self, x):
+        self.last = self.conv(x)
+        self.seen["maps"] = [self.last, (self.last.mean(),)]
+        return self.last.relu()
+
+
+def test_a_network_that_keeps_what_it_computed_is_copied_without_the_graph():
+    model, x = classifier(Net(Watched(), C)), images(32)
+    expected = model(x).detach()
+    assert model.net.trunk.last.grad_fn is not None
+    evaluation = Evaluation(model, block=32)
+    kept = evaluation.model.net.trunk
+    assert torch.equal(kept.last, model.net.trunk.last) and kept.last.grad_fn is None
+    assert kept.seen["maps"][0] is kept.last and kept.seen["maps"][1][0].grad_fn is None
+    assert torch.allclose(evaluation(x), expected, atol=1e-5)
+    values, _ = gradient(evaluation, x, torch.ones(32, K))
+    assert torch.equal(gradient(copied(evaluation), x, torch.ones(32, K))[0], values)
+    assert model.net.trunk.last.grad_fn is not None  # the network itself is as it was

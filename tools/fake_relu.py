@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
-from rbkit.tools.models import Evaluation, replace_module
+from rbkit.tools.models import Evaluation, copied, replace_module
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -39,7 +37,7 @@ def fake_last_relu(evaluation: Evaluation, images: Tensor) -> Evaluation:
 
     Shapes: images (B, C, H, W). Raises: ValueError for a network without ReLU modules.
     """
-    changed = copy.deepcopy(evaluation)
+    changed = copied(evaluation)
     order: list[str] = []
     relus = [(name, m) for name, m in changed.model.net.named_modules() if isinstance(m, nn.ReLU)]
     handles = [m.register_forward_hook(lambda *_, name=name: order.append(name)) for name, m in relus]

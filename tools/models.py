@@ -6,7 +6,7 @@ import copy
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from rbkit.tools.lanes import Found, Lanes, computed
 
 BLOCK, GPU_BLOCK = 64, 512
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Classifier(nn.Module):
@@ -34,6 +35,21 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net((images - _spread(self.mean, images)) / _spread(self.std, images))
+
+
+def copied(module: Module) -> Module:
+    """A deep copy. What the network's code keeps of a pass, such as attention, comes without its graph: graphs cannot be copied."""
+    kept = [tensor for part in module.modules() for tensor in _tensors(vars(part))]
+    return copy.deepcopy(module, {id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn is not None})
+
+
+def _tensors(found: object) -> Iterator[Tensor]:
+    """All tensors in a value, also within lists, tuples and dicts."""
+    if isinstance(found, Tensor):
+        yield found
+    elif isinstance(found, dict | list | tuple):
+        for value in found.values() if isinstance(found, dict) else found:
+            yield from _tensors(value)
 
 
 @torch.no_grad()
@@ -160,8 +176,8 @@ class Evaluation(nn.Module):
         if block <= 0 or block % 32:
             raise ValueError(f"block {block}: expected a positive multiple of 32")
         self.block = block
-        self.model = copy.deepcopy(classifier).eval().requires_grad_(False)
-        graph = _traced(self.model.net)
+        self.model = copied(classifier).eval().requires_grad_(False)
+        graph = _traced(copied(self.model.net))  # tracing leaves its own values in what the code keeps of a pass
         self.pairs = _single_pairs(self.model.net, graph)
         for relu in _sparing_relus(self.model.net, graph):
             relu.inplace = True

@@ -7,8 +7,6 @@ do, but does not depend on the rows that are judged. The model itself is never c
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +14,7 @@ from torch.nn import functional as F
 from rbkit.tools import random
 from rbkit.tools.batch import Batch, reduce_channels
 from rbkit.tools.likeness import structural_similarity
-from rbkit.tools.models import Evaluation
+from rbkit.tools.models import Evaluation, copied
 from rbkit.tools.rowwise import rank_correlation
 
 PROBES = 32  # noise images on which a layer's statistics are taken
@@ -70,7 +68,7 @@ def randomised(
     evaluation: Evaluation, shape: tuple[int, ...], *, count: int | None = None, draw: int = 0
 ) -> Evaluation:
     """A copy whose last `count` layers (None: all) are drawn anew. shape: (C, H, W) of the images."""
-    changed = copy.deepcopy(evaluation)
+    changed = copied(evaluation)
     recorded = layers(evaluation, probes(evaluation, shape))
     for name in list(reversed(recorded))[:count]:
         _draw(changed.model.net.get_submodule(name), *recorded[name], name=name, draw=draw)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from rbkit.tools.attribution import output_of
 from rbkit.tools.batch import Batch, defined, reduce_channels
 from rbkit.tools.infidelity import GRADIENTS
-from rbkit.tools.models import Evaluation, in_blocks
+from rbkit.tools.models import Evaluation, copied, in_blocks
 from rbkit.tools.norms import NORMS
 
 NOISE_RADIUS = 0.02  # Linf, in [0, 1] pixels: the same for all models, and for the attack
@@ -66,7 +64,7 @@ def softened(evaluation: Evaluation) -> Evaluation:
 
     Where ReLU is no module the ascent has no direction, and the attack is no more than one noisy copy.
     """
-    changed = copy.deepcopy(evaluation)
+    changed = copied(evaluation)
     for parent in list(changed.model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.ReLU):

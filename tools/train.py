@@ -7,7 +7,6 @@ train together (`ranks`) share the micro-batches of each step and hold the same 
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from rbkit.tools.augment import crop_flip, resized
 from rbkit.tools.examples import Data, as_float
 from rbkit.tools.gpu import Reading, products
 from rbkit.tools.microbatch import Tally, mean_gradient
-from rbkit.tools.models import Classifier
+from rbkit.tools.models import Classifier, copied
 from rbkit.tools.muon import Muon
 from rbkit.tools.philox import key_of
 from rbkit.tools.ranks import ALONE, Ranks
@@ -70,7 +69,7 @@ class State:
 
 def begin(classifier: Classifier, recipe: Recipe) -> State:
     """A run before its first step."""
-    average = copy.deepcopy(classifier).requires_grad_(False) if recipe.ema else None
+    average = copied(classifier).requires_grad_(False) if recipe.ema else None
     return State(classifier, _optimiser(classifier, recipe), average)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -40,11 +41,24 @@ def spec_of(name, norm, **options):
     return attack.ATTACKS[name](norm=norm, eps=EPS[norm], seed=3, **lengths.get(name, {"steps": 4}), **options)
 
 
-def seen(victim):
-    """The threads that run a model, and how many rows each of them computes at a time."""
+def seen(victim, of=lambda images: len(images)):
+    """The threads that run a model, each with what `of` tells of a pass: its rows, where nothing else is said.
+
+    A pass in a lane lingers: a thread that is done before the next lane begins would take that one too.
+    """
     found = []
-    victim.register_forward_pre_hook(lambda _, inputs: found.append((threading.get_ident(), len(inputs[0]))))
+
+    def look(_, inputs):
+        found.append((threading.get_ident(), of(inputs[0])))
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.001)
+
+    victim.register_forward_pre_hook(look)
     return found
+
+
+def threads_of(images):
+    return torch.get_num_threads()
 
 
 def labelled(count):
@@ -118,8 +132,8 @@ def test_rows_wait_for_a_block_where_a_narrower_one_gives_other_numbers():
 @pytest.mark.usefixtures("two_threads")
 def test_the_last_rows_are_computed_in_one_block_by_all_threads():
     x, label = labelled(100)
-    victim, used = evaluation(convnet()), []
-    victim.register_forward_pre_hook(lambda *_: used.append((threading.get_ident(), torch.get_num_threads())))
+    victim = evaluation(convnet())
+    used = seen(victim, threads_of)
     results(victim, spec_of("pgd", "l2", until="end"), polling(in_parts(x, label, [100])), 2)
     main = threading.get_ident()
     assert {count for thread, count in used if thread != main} == {1}
@@ -249,8 +263,8 @@ def test_lanes_share_the_threads_and_leave_none_idle(threads, blocks, count, eac
 def test_as_many_lanes_are_opened_as_there_are_rows_for(threads, most, rows, opened):
     x, label = labelled(rows)
     ids = torch.arange(rows)
-    victim, used = evaluation(convnet()), []
-    victim.register_forward_pre_hook(lambda *_: used.append((threading.get_ident(), torch.get_num_threads())))
+    victim = evaluation(convnet())
+    used = seen(victim, threads_of)
     spec = spec_of("pgd", "l2", until="end")
     expected = list(stages.run(evaluation(convnet()), spec, polling([Batch(ids, x, {"label": label}, tag=ids)])))
     with lanes.threads(threads):
@@ -264,11 +278,11 @@ def test_more_lanes_are_opened_when_more_rows_come(monkeypatch):
     """Once those that are open have computed for some time, and are at rest for the trial."""
     monkeypatch.setattr(flow, "PATIENCE", 1)
     x, label = labelled(150)
-    victim, used, questions, busy = evaluation(convnet()), [], [], []
+    victim, questions, busy = evaluation(convnet()), [], []
     spec, parts = spec_of("pgd", "l2", until="end"), in_parts(x, label, [70, 80])
     goal, plan = spec.goal(victim), spec.ascent()
     expected = [outcome for _, outcome in finished(Flow(goal, plan, polling(parts), block=32).poll)]
-    victim.register_forward_pre_hook(lambda *_: used.append((threading.get_ident(), torch.get_num_threads())))
+    used = seen(victim, threads_of)
 
     def late(wait):
         questions.append(wait)

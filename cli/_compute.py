@@ -115,14 +115,17 @@ class Model:
         if number is not None and number >= self.classes:
             raise Usage(f"{option} {number}: the model has classes 0 to {self.classes - 1}")
 
-    def evaluation(self, block: int) -> Evaluation:
-        """The form in which it is run; code of a user's own architecture may not bear to be run by several threads."""
+    def evaluation(self, block: int, *, layer: str | None = None) -> Evaluation:
+        """The form in which it is run, in which `layer` gives what the network's own does.
+
+        Code of a user's own architecture may not bear to be run by several threads.
+        """
         from rbkit.tools.architectures import is_factory
         from rbkit.tools.lanes import Lanes
         from rbkit.tools.models import Evaluation
 
         lanes = None if is_factory(str(self.meta["arch"])) else Lanes()
-        return Evaluation(self.classifier, block=block, lanes=lanes)
+        return Evaluation(self.classifier, block=block, lanes=lanes, layer=layer)
 
 
 def model_chunk(path: str) -> Chunk:

@@ -15,6 +15,7 @@ from rbkit.cli._rows import check_input, checked, load_images, watched
 if TYPE_CHECKING:
     from rbkit.formats.chunk import Chunk
     from rbkit.tools.batch import Batch
+    from rbkit.tools.models import Evaluation
     from rbkit.tools.pool import Pools
 
 PREFIX, FEATURES = "score.", "features."  # of the columns of a stream of scores
@@ -36,7 +37,8 @@ class Judge:
         from rbkit.tools.pool import Pools
 
         self.options, self.names, self.device = options, names, device
-        self.subjects = [(model, model.evaluation(options["block"])) for model in subjects]
+        self.subjects = subjects
+        self.evaluations: dict[tuple[str, str | None], Evaluation] = {}
         self.referee = None if referee is None else referee.evaluation(options["block"])
         self.referee_sha = None if referee is None else referee.sha
         self.background = self._background(options["background"])
@@ -51,7 +53,7 @@ class Judge:
             return None
         if not self.subjects:
             raise Usage("--background needs a model")
-        return load_images(path, self.subjects[0][0], self.device, max_document=self.options["max_document"])[0]
+        return load_images(path, self.subjects[0], self.device, max_document=self.options["max_document"])[0]
 
     def read(self, source: str) -> None:
         """One input: a stream of images with what was made of them, or values of an earlier run."""
@@ -61,13 +63,21 @@ class Judge:
         for chunk in watched(
             self._images(stream), tool="rb-score", quiet=self.options["quiet"], shard=self.options["shard"]
         ):
-            for model, evaluation in self.subjects:
+            for model in self.subjects:
                 check_input(model, chunk.arrays["image"].shape[1:], place=chunk.place)
-                self._judge(chunk, model, evaluation)
+                self._judge(chunk, model)
 
     def _images(self, stream: Iterable[Chunk]) -> Iterator[Chunk]:
         """The chunks that are to be judged, checked and sampled; values of earlier runs are pooled on the way."""
-        return map(self._sampled, checked(self._admitted(stream), self.subjects[0][0] if self.subjects else None))
+        return map(self._sampled, checked(self._admitted(stream), self.subjects[0] if self.subjects else None))
+
+    def _evaluation(self, model: Model, chunk: Chunk) -> Evaluation:
+        """The form in which a model judges a chunk: maps of a layer may be made again."""
+        layer = (chunk.meta.get("saliency") or {}).get("layer")
+        key = (model.sha, None if layer is None else str(layer))
+        if key not in self.evaluations:
+            self.evaluations[key] = model.evaluation(self.options["block"], layer=key[1])
+        return self.evaluations[key]
 
     def _admitted(self, stream: Iterable[Chunk]) -> Iterator[Chunk]:
         for chunk in stream:
@@ -98,10 +108,10 @@ class Judge:
         meta = {**chunk.meta, "count": int(inside.sum())}
         return type(chunk)({k: a[inside] for k, a in chunk.arrays.items()}, meta, chunk.last, chunk.place)
 
-    def _judge(self, chunk: Chunk, model: Model, evaluation: Any) -> None:
+    def _judge(self, chunk: Chunk, model: Model) -> None:
         from rbkit.tools.metrics import applicable, evaluate
 
-        batch = _batch(chunk, evaluation, self)
+        batch = _batch(chunk, self._evaluation(model, chunk), self)
         names = applicable(chunk.meta["kind"], batch, self.names)
         if _unlabelled(chunk):
             names = [name for name in names if name != "clean_accuracy"]  # it would be 1 by definition
@@ -191,7 +201,7 @@ def _unlabelled(chunk: Chunk) -> bool:
     return "adversarial" in chunk.arrays and "label" not in chunk.arrays
 
 
-def _batch(chunk: Chunk, evaluation: Any, run: Judge) -> Batch:
+def _batch(chunk: Chunk, evaluation: Evaluation, run: Judge) -> Batch:
     """A chunk as what the metrics read."""
     from rbkit.tools.attribution import Saliency
     from rbkit.tools.batch import Batch

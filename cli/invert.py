@@ -171,7 +171,7 @@ def invert(
         model=subject.sha,
         inputs=side.digests,
     )
-    evaluation = subject.evaluation(options["block"])
+    evaluation = subject.evaluation(options["block"], layer=layer)
     stream = checked(_input.chunks(source, shard=part, max_document=max_document), subject)
     rows = watched(stream, tool="rb-invert", quiet=quiet, shard=shard)
     with _output.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:

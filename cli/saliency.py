@@ -177,7 +177,7 @@ def saliency(
     )
     stream = _input.chunks(source, shard=part, max_document=max_document)
     with _output.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
-        evaluation, missed = subject.evaluation(options["block"]), 0
+        evaluation, missed = subject.evaluation(options["block"], layer=layer), 0
         for chunk in watched(checked(stream, subject), tool="rb-saliency", quiet=quiet, shard=shard):
             arrays, explained_of, above = _explain_chunk(options, spec, evaluation, reference, chunk)
             missed += above

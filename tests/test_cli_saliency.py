@@ -29,7 +29,7 @@ def _collected() -> Iterator[None]:
 QUICK: dict[str, tuple[tuple[object, ...], set[str]]] = {
     "gradient": ((), set()),
     "occlusion": (("--window", 16), {"completeness_error", "output_change"}),
-    "grad-cam": (("--layer", "layer1", "--signed"), set()),
+    "grad-cam": (("--layer", "layer3.0.conv2", "--signed"), set()),
     "guided-backprop": ((), set()),
     "permutation-shap": (
         ("--players", "2x3", "--samples", 3, "--seed", 4),

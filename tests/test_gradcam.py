@@ -54,7 +54,9 @@ def model_of(net, shape=(C, H, W)):
 
 
 def explained(model, x=X, *, target=TARGET, ids=IDS, **spec):
-    return explain(evaluation(model), x, target, Saliency("grad-cam", **spec), ids=ids).attribution
+    return explain(
+        evaluation(model, layer=spec.get("layer")), x, target, Saliency("grad-cam", **spec), ids=ids
+    ).attribution
 
 
 def defined(model, x, target, size, *, signed=False, output=lambda z: z):
@@ -128,8 +130,8 @@ def captums(model, layer, x, *, relu=True):
 @pytest.mark.filterwarnings("ignore")  # of the peer
 def test_it_is_captums():
     model, x = resnet(), images(5, 3, 18, 22)
-    for layer, ours, signed in ((model.net.layer3, None, False), (model.net.layer1, "layer1", True)):
-        target, theirs = captums(model, layer, x, relu=not signed)
+    for name, ours, signed in (("layer3", None, False), ("layer1", "layer1", True), ("layer3.0.conv2",) * 2 + (True,)):
+        target, theirs = captums(model, model.net.get_submodule(name), x, relu=not signed)
         found = explained(model, x, target=target, ids=IDS[:5], layer=ours, signed=signed)
         torch.testing.assert_close(found.sum(1), theirs, rtol=0, atol=2e-5)
         assert theirs.any()

@@ -44,7 +44,7 @@ def test_grey_noise_is_grey_and_keyed_by_id():
 @pytest.mark.parametrize("layer", [None, "conv2", "relu1"])
 def test_starting_from_the_image_returns_it_with_loss_zero(layer):
     spec = Inversion("representation", layer=layer, steps=4)
-    found, loss = invert(toys.evaluation(NET), X, [X], spec, ids=IDS)
+    found, loss = invert(toys.evaluation(NET, layer=layer), X, [X], spec, ids=IDS)
     assert torch.equal(found, X)
     assert torch.equal(loss, torch.zeros(toys.N))
 
@@ -191,7 +191,7 @@ def test_class_image_of_a_linear_model_is_the_corner_of_the_box():
 
 @pytest.mark.parametrize("layer", [None, "conv2"])
 def test_unit_images_raise_their_unit(layer):
-    evaluation, units = toys.evaluation(NET), torch.tensor([5, 0, 3])
+    evaluation, units = toys.evaluation(NET, layer=layer), torch.tensor([5, 0, 3])
     spec = Inversion("feature", layer=layer, steps=20, step_size=0.2)
     start = X[:3]
     found, value = unit_images(evaluation, units, [start], spec)

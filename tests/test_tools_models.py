@@ -285,15 +285,36 @@ def test_features_are_the_input_of_the_head():
     assert torch.allclose(model.net.fc(found), evaluation(x), atol=1e-5)
 
 
-def test_features_of_a_layer_are_its_output():
-    model = classifier(resnet8(num_classes=K, width=4))
-    evaluation, x = Evaluation(model, block=32), images(32)
+def output_of_layer(model: Classifier, name: str, x: torch.Tensor) -> torch.Tensor:
+    """What a layer of the network itself gives."""
     seen = []
-    model.net.layer2.register_forward_hook(lambda m, i, o: seen.append(o.detach()))
+    handle = model.net.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o.detach().clone()))
     model(x)
-    found = evaluation.features(x, layer="layer2")
-    assert found.shape == (32, 16, 2, 3) and torch.allclose(found, seen[0], atol=1e-4)
-    assert not evaluation.model.net.layer2._forward_hooks and not evaluation.model.net.fc._forward_pre_hooks
+    handle.remove()
+    return seen[-1]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in resnet8(num_classes=K, width=4).named_modules() if name])
+def test_features_of_any_layer_are_its_output_also_where_a_batchnorm_follows(name):
+    model, x = classifier(resnet8(num_classes=K, width=4)), images(32)
+    evaluation = Evaluation(model, block=32, layer=name)
+    assert torch.allclose(evaluation.features(x, layer=name), output_of_layer(model, name, x), atol=1e-4)
+    assert torch.allclose(evaluation(x), model(x), atol=1e-4)
+    assert not evaluation.layer(name)._forward_hooks and not evaluation.model.net.fc._forward_pre_hooks
+
+
+def test_a_layer_that_ends_with_the_convolution_is_kept_apart_too():
+    trunk = nn.Sequential(nn.Sequential(nn.Identity(), nn.Conv2d(C, 6, 3)), nn.BatchNorm2d(6), nn.ReLU())
+    model, x = classifier(Net(trunk, 6)), images(32)
+    evaluation = Evaluation(model, block=32, layer="trunk.0")
+    assert torch.allclose(evaluation.features(x, layer="trunk.0"), output_of_layer(model, "trunk.0", x), atol=1e-5)
+    assert Evaluation(model, layer="trunk").pairs == Evaluation(model).pairs == [("trunk.0.1", "trunk.1")]
+
+
+def test_a_layer_into_which_a_batchnorm_is_folded_is_refused():
+    evaluation = Evaluation(classifier(resnet8(num_classes=K, width=4)), block=32)
+    with pytest.raises(ValueError, match=r"a BatchNorm is folded into layer 'conv1'; try .*layer='conv1'"):
+        evaluation.features(images(32), layer="conv1")
 
 
 def test_features_are_not_changed_by_a_later_in_place_operation():
@@ -504,9 +525,10 @@ class Branches(nn.Module):
         self.bn, self.same = nn.BatchNorm2d(C), nn.Identity()
         self.alone, self.behind_norm, self.of_sum, self.twice = (nn.ReLU() for _ in range(4))
         self.of_input, self.of_same, self.beside, self.of_view, self.of_watched = (nn.ReLU() for _ in range(5))
-        self.first_only, self.last_only = nn.ReLU(), nn.ReLU()
+        self.first_only, self.last_only, self.heard = nn.ReLU(), nn.ReLU(), nn.ReLU()
         self.seen: list[torch.Tensor] = []
         self.watched.register_forward_hook(lambda _, __, output: self.seen.append(output))
+        self.heard.register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0]))
 
     def forward(self, x):
         y = self.alone(self.conv(x)) + self.of_input(x)
@@ -514,6 +536,7 @@ class Branches(nn.Module):
         y = self.behind_norm(self.bn(self.conv(y))) + self.beside(z) - z
         y = self.of_sum(y + x) + self.of_watched(self.watched(x)) + self.of_same(self.same(x))
         y = self.twice(self.norm(self.twice(torch.add(y, x)))) + self.first_only(self.norm(x)) + self.last_only(x)
+        y = y + self.heard(self.norm(x))
         return self.first_only(x) + self.last_only(self.norm(x)) + self.of_view(y.flatten(1).view(y.shape))
 
 

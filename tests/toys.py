@@ -124,6 +124,6 @@ def resnet(width: int = 4, *, classes: int = 8, seed: int = 3) -> Classifier:
     return Classifier(net, mean=[0.5] * 3, std=[0.25] * 3).eval()
 
 
-def evaluation(classifier: Classifier, block: int = 32) -> Evaluation:
+def evaluation(classifier: Classifier, block: int = 32, layer: str | None = None) -> Evaluation:
     """Its evaluation form."""
-    return Evaluation(classifier, block=block)
+    return Evaluation(classifier, block=block, layer=layer)

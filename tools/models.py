@@ -96,6 +96,12 @@ def _pair(net: nn.Module, conv_name: str, norm_name: str) -> tuple[nn.Conv2d, nn
     return _convolution(net, conv_name), norm
 
 
+def _ends_between(pair: tuple[str, str], layer: str) -> bool:
+    """Whether a layer has the convolution of a pair in it, or is it, and its BatchNorm not."""
+    conv, norm = (f"{name}.".startswith(f"{layer}.") for name in pair)
+    return conv and not norm
+
+
 def default_block(device: torch.device) -> int:
     """Rows of a block where nobody asks for another number: enough to keep the device busy, and no more."""
     return GPU_BLOCK if device.type == "cuda" else BLOCK
@@ -105,11 +111,19 @@ class Evaluation(nn.Module):
     """The form in which every tool runs a classifier; rows are computed in padded blocks of a fixed size.
 
     A copy: the classifier itself, buffers included, is never touched. `refresh` takes in the classifier's current
-    weights (as training needs after each step). `lanes`: where several blocks may be computed at once. Raises ValueError
-    for a block that is no positive multiple of 32.
+    weights (as training needs after each step). `lanes`: where several blocks may be computed at once. `layer`: the
+    module whose own output will be asked for; no BatchNorm is folded into it. Raises ValueError for a block that is no
+    positive multiple of 32.
     """
 
-    def __init__(self, classifier: Classifier, *, block: int | None = None, lanes: Lanes | None = None) -> None:
+    def __init__(
+        self,
+        classifier: Classifier,
+        *,
+        block: int | None = None,
+        lanes: Lanes | None = None,
+        layer: str | None = None,
+    ) -> None:
         super().__init__()
         self.lanes = lanes
         block = default_block(classifier.mean.device) if block is None else block
@@ -118,7 +132,9 @@ class Evaluation(nn.Module):
         self.block = block
         self.model = copied(classifier).eval().requires_grad_(False)
         graph = traced(copied(self.model.net))  # tracing leaves its own values in what the code keeps of a pass
-        self.pairs = single_pairs(self.model.net, graph)
+        self.pairs = [
+            pair for pair in single_pairs(self.model.net, graph) if layer is None or not _ends_between(pair, layer)
+        ]
         for relu in sparing_relus(self.model.net, graph):
             relu.inplace = True
         for conv_name, norm_name in self.pairs:
@@ -187,7 +203,10 @@ class Evaluation(nn.Module):
         return self.lanes if self.lanes is not None and len(images) and self.lanes.fit(images) else None
 
     def layer(self, name: str) -> nn.Module:
-        """A module by name. Raises: ValueError listing names that exist."""
+        """A module by name, which gives what the classifier's own gives. Raises: ValueError listing names that exist, or for
+        one into whose last convolution a BatchNorm is folded."""
+        if any(_ends_between(pair, name) for pair in self.pairs):
+            raise ValueError(f"a BatchNorm is folded into layer {name!r}; try Evaluation(classifier, layer={name!r})")
         try:
             return self.model.net.get_submodule(name)
         except AttributeError:

@@ -55,14 +55,21 @@ def sparing_relus(net: nn.Module, graph: fx.Graph) -> list[nn.ReLU]:
         if node.op == "call_module" and type(modules[str(node.target)]) is nn.ReLU:
             name = str(node.target)
             free[name] = free.get(name, True) and all(_is_spare(source, modules) for source in node.all_input_nodes)
-    return [relu for name, relu in modules.items() if isinstance(relu, nn.ReLU) and free.get(name)]
+    return [
+        relu for name, relu in modules.items() if isinstance(relu, nn.ReLU) and free.get(name) and not _is_hooked(relu)
+    ]
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether hooks of the network's own look at what the module gets or gives."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def _is_spare(source: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the one user of what a step gives may write over it."""
     if source.op == "call_module":
         module = modules[str(source.target)]
-        fresh = type(module) in FRESH and not module._forward_hooks
+        fresh = type(module) in FRESH and not _is_hooked(module)
     else:
         fresh = source.op == "call_function" and source.target in ADDITIONS
     return fresh and len(source.users) == 1

@@ -134,7 +134,10 @@ def invert(
         ),
     ] = "judged",
     fake_relu: Annotated[
-        bool, typer.Option("--fake-relu", help="Let gradients through the last ReLU, as the paper does.")
+        bool,
+        typer.Option(
+            "--fake-relu", help="Let gradients through the last ReLU before what is inverted, as the paper does."
+        ),
     ] = False,
     seed: Seed = 0,
     block: Block = None,
@@ -200,6 +203,8 @@ def _filled(options: dict[str, Any]) -> dict[str, Any]:
         raise Usage("--start image and --start-from FILE go together")
     if (start == "seeds") != (options["seeds_from"] is not None) or (start == "seeds" and options["mode"] != "class"):
         raise Usage("--start seeds and --seeds-from FILE go together, with --mode class")
+    if options["layer"] is not None and options["mode"] == "class":
+        raise Usage("--layer goes with --mode representation or feature; class images are made by the output")
     return {**options, "step_size": size, "start": start}
 
 

@@ -203,6 +203,8 @@ def _spec(options: dict[str, Any]) -> Saliency:
         )
     if options["method"] == "occlusion" and options["masker"] == "data":
         raise Usage("--method occlusion hides with --masker black, mean or blur, not with data")
+    if options["layer"] is not None and options["method"] != "grad-cam":
+        raise Usage(f"--layer goes with --method grad-cam, not with {options['method']}")
     down, across = (None, None) if options["players"] is None else _values.grid(options["players"], option="--players")
     spec = Saliency(
         options["method"], output=options["explain"], steps=options["steps"], samples=options["samples"],

@@ -44,3 +44,20 @@ def test_units_of_any_layer_are_the_networks_own(
     torch.testing.assert_close(found["activation"], excited, rtol=1e-4, atol=1e-5)
     most = outputs(model_file, layer, as_float(given["image"])).mean((2, 3))[:, units].argmax(0)
     assert torch.equal(found["top_id"][:, 0], given["id"][most])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--mode", "class", "--layer", "layer1"), "--layer goes with --mode representation or feature"),
+        (("--layer", "layer9"), "no layer 'layer9'; the network has conv1"),
+        (("--layer", "conv1", "--fake-relu"), "no ReLU runs before layer conv1 is done; try without --fake-relu"),
+    ],
+)
+def test_a_layer_that_cannot_be_inverted_so_is_refused_in_a_line(
+    options: tuple[str, ...], message: str, tmp_path: Path, stream_file: Path, model_file: Path
+) -> None:
+    out = tmp_path / "out.safetensors"
+    result = execute("rb-invert", stream_file, "-m", model_file, "--steps", 1, "-q", *options, "-o", out)
+    assert result.status == 2 and not out.exists()
+    assert message in result.err and result.err.count("\n") == 1

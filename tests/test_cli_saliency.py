@@ -115,6 +115,7 @@ def test_the_judge_makes_the_maps_again(maps: Callable[[str], Path], model_file:
             ("--method", "grad-cam", "--layer", "fc"),
             "--method grad-cam: layer fc gives [8] per image, expected a feature map",
         ),
+        (("--method", "gradient", "--layer", "layer1"), "--layer goes with --method grad-cam, not with gradient"),
         (("--method", "grad-cam", "--layer", "layer9"), "--method grad-cam: no layer 'layer9'; the network has conv1"),
         (
             ("--method", "exact-shap", "--players", 4),

@@ -232,6 +232,16 @@ def test_an_open_last_relu_reaches_a_unit_that_is_silent():
     assert torch.equal(opened.logits(X), evaluation.logits(X))
 
 
+def test_the_last_relu_before_a_layer_is_the_one_that_opens():
+    """Up to conv2 there is one ReLU, not the last of the network."""
+    evaluation = toys.evaluation(NET, layer="conv2")
+    found = [
+        invert(evaluation, X, [grey()], Inversion("representation", layer="conv2", steps=2, fake_relu=fake), ids=IDS)[0]
+        for fake in (False, True)
+    ]
+    assert not torch.equal(*found)
+
+
 def test_top_images_excite_the_unit_most():
     evaluation, images = toys.evaluation(NET), toys.images(50, seed=4)
     values = features_of(evaluation, images)

@@ -398,6 +398,28 @@ def test_only_the_last_use_lets_gradients_through():
     assert torch.allclose(found, expected, atol=1e-6 + 1e-5 * float(expected.abs().max()))
 
 
+def test_the_last_relu_before_a_layer_lets_gradients_through():
+    """Up to conv2 that is the first use of the only ReLU, of which the second comes later."""
+    model, x = classifier(Net(TwiceUsed(), C)), images(32)
+    evaluation = Evaluation(model, block=32)
+    weights = torch.randn(32, C, H, W, generator=torch.Generator().manual_seed(3))
+    trunk = model.net.trunk
+    layer = {"layer": "trunk.conv2"}
+
+    def by_hand(at):
+        return trunk.conv2(trunk.bn1(trunk.conv1((at - model.mean) / model.std)))
+
+    expected = gradient(by_hand, x, weights)[1]
+    faked = fake_last_relu(evaluation, x, **layer)
+    values, found = gradient(lambda at: faked.features(at, **layer), x, weights)
+    assert torch.equal(values, evaluation.features(x, **layer))
+    assert torch.allclose(found, expected, atol=1e-6 + 1e-5 * float(expected.abs().max()))
+    again = gradient(lambda at: faked.features(at, **layer), x, weights)
+    assert torch.equal(again[1], found)
+    with pytest.raises(ValueError, match=r"no ReLU runs before layer trunk.bn1 is done; try without --fake-relu"):
+        fake_last_relu(evaluation, x, layer="trunk.bn1")
+
+
 class Gives(nn.Module):
     """A network that answers with what a function makes of its images."""
 

@@ -1,4 +1,5 @@
-"""FakeReLU: the gradient passes the last ReLU of a network as if it were not there (Engstrom et al. 2019, arXiv 1906.00945)."""
+"""FakeReLU: the gradient passes the last ReLU before a representation as if it were not there (Engstrom et al. 2019,
+arXiv 1906.00945)."""
 
 from __future__ import annotations
 
@@ -21,31 +22,44 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class FakeReLU(nn.Module):
-    """Lets the gradient through at the last of `calls` uses per forward pass; forward values are those of ReLU."""
+    """Lets the gradient through at one of its `calls` uses per forward pass, the one numbered `at` (from 1); forward values
+    are those of ReLU."""
 
-    def __init__(self, calls: int) -> None:
+    def __init__(self, *, calls: int, at: int) -> None:
         super().__init__()
-        self.calls, self.used = calls, 0
+        self.calls, self.at, self.used = calls, at, 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.used = self.used % self.calls + 1
-        return _StraightThrough.apply(x) if self.used == self.calls else x.clamp_min(0)
+        return _StraightThrough.apply(x) if self.used == self.at else x.clamp_min(0)
 
 
-def fake_last_relu(evaluation: Evaluation, images: Tensor) -> Evaluation:
-    """A copy whose last ReLU lets gradients through; `images` (one block) show which ReLU runs last.
+def fake_last_relu(evaluation: Evaluation, images: Tensor, *, layer: str | None = None) -> Evaluation:
+    """A copy in which the last ReLU before `layer` is done (None: of the network) lets gradients through.
 
-    Shapes: images (B, C, H, W). Raises: ValueError for a network without ReLU modules.
+    `images` (B, C, H, W), one block, show which it is. Raises: ValueError where no ReLU module runs before it.
     """
     changed = copied(evaluation)
+    order, before = _relus(changed, images, layer)
+    if not order[:before]:
+        where = "the network has no ReLU modules" if not order else f"no ReLU runs before layer {layer} is done"
+        raise ValueError(f"{where}; try without --fake-relu")
+    name = order[before - 1]
+    fake = FakeReLU(calls=order.count(name), at=order[:before].count(name))
+    replace_module(changed.model.net, name, fake)
+    return changed
+
+
+def _relus(evaluation: Evaluation, images: Tensor, layer: str | None) -> tuple[list[str], int]:
+    """Names of ReLU modules in the order of a forward pass, and how many of them run before `layer` has its last output."""
     order: list[str] = []
-    relus = [(name, m) for name, m in changed.model.net.named_modules() if isinstance(m, nn.ReLU)]
+    done: list[int] = []
+    relus = [(name, m) for name, m in evaluation.model.net.named_modules() if isinstance(m, nn.ReLU)]
     handles = [m.register_forward_hook(lambda *_, name=name: order.append(name)) for name, m in relus]
+    if layer is not None:
+        handles.append(evaluation.layer(layer).register_forward_hook(lambda *_: done.append(len(order))))
     with torch.no_grad():
-        changed(images)
+        evaluation(images)
     for handle in handles:
         handle.remove()
-    if not order:
-        raise ValueError("the network has no ReLU modules; try without --fake-relu")
-    replace_module(changed.model.net, order[-1], FakeReLU(order.count(order[-1])))
-    return changed
+    return order, done[-1] if done else len(order)

@@ -32,7 +32,7 @@ class Inversion:
     of L2 length step_size, in [0, 1] pixels), plain (step_size times the gradient) or adam (step_size is its rate).
     tv: weight of the total variation that the image is penalised by. eps: radius around the start (1000 is no bound but
     the box). restarts: best of so many starts. objective: of class images, logit or ce. fake_relu: gradient through the
-    last ReLU, as the paper does. keep: `best` iterate of each example, `batch` or `last`, as in Plan. last_iterate: `judged`,
+    last ReLU before what is inverted, as the paper does. keep: `best` iterate of each example, `batch` or `last`, as in Plan. last_iterate: `judged`,
     or as in the paper's code `unjudged`: the one after the last step is left out.
     """
 
@@ -117,11 +117,11 @@ def unit_activations(activations: Tensor) -> Tensor:
 
 
 def differentiable(evaluation: Evaluation, spec: Inversion, images: Tensor) -> Evaluation:
-    """The evaluation through which gradients are taken: with the last ReLU open where asked for."""
+    """The evaluation through which gradients are taken: with the last ReLU before the layer open where asked for."""
     if not spec.fake_relu:
         return evaluation
     block = images[:1].expand(evaluation.block, *images.shape[1:])
-    return fake_last_relu(evaluation, block)
+    return fake_last_relu(evaluation, block, layer=spec.layer)
 
 
 def _climbed(

@@ -188,7 +188,7 @@ MLP = nn.Sequential(nn.Flatten(), nn.Linear(C * H * W, 8), nn.ReLU(), nn.Linear(
         (lambda: convnet(), "fc", r"layer fc gives \[4\] per image"),
         (lambda: convnet(), "conv9", "no layer 'conv9'; the network has conv1"),
         (lambda: model_of(Twice()), "side", "layer side does not reach the output"),
-        (lambda: model_of(Twice()), "idle", "layer idle gives no tensor"),
+        (lambda: model_of(Twice()), "idle", "layer idle does not run"),
     ],
 )
 def test_a_network_without_the_map_is_refused(model, layer, message):

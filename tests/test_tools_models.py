@@ -311,6 +311,38 @@ def test_a_layer_that_ends_with_the_convolution_is_kept_apart_too():
     assert Evaluation(model, layer="trunk").pairs == Evaluation(model).pairs == [("trunk.0.1", "trunk.1")]
 
 
+class Odd(nn.Module):
+    """Layers that do not run, give two things, have no row per image, or are a second head that is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.idle, self.pair, self.mean, self.fc = (
+            nn.Conv2d(C, C, 1),
+            *(nn.Identity() for _ in range(3)),
+            nn.Linear(C, K),
+        )
+        self.pair.forward, self.mean.forward = lambda x: (x, x), torch.mean
+        self.other = nn.Linear(C, K)
+
+    def forward(self, x):
+        x, _ = self.pair(self.conv(x))
+        return self.fc(x.mean((2, 3))) + self.mean(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("idle", "layer idle does not run"),
+        ("pair", "layer pair gives a tuple, expected a tensor"),
+        ("mean", r"layer mean gives \(\) for 32 images, expected a row for each"),
+        (None, "layer other does not run"),
+    ],
+)
+def test_a_layer_without_a_row_per_image_is_refused(layer, message):
+    with pytest.raises(ValueError, match=message):
+        Evaluation(classifier(Odd()), block=32).features(images(32), layer=layer)
+
+
 def test_a_layer_into_which_a_batchnorm_is_folded_is_refused():
     evaluation = Evaluation(classifier(resnet8(num_classes=K, width=4)), block=32)
     with pytest.raises(ValueError, match=r"a BatchNorm is folded into layer 'conv1'; try .*layer='conv1'"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -57,21 +57,10 @@ def _last_map(evaluation: Evaluation, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def _map_of(evaluation: Evaluation, images: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     """The feature map that a layer gives (the last time it runs), and the logits. Raises: ValueError if it is none."""
-    seen: list[Any] = []
-
-    def take(module: nn.Module, inputs: Any, output: Any) -> Any:
-        seen.append(output)
-        return output.clone() if isinstance(output, Tensor) else None  # what follows may change it in place
-
-    handle = evaluation.layer(layer).register_forward_hook(take)
-    try:
-        logits = evaluation(images)
-    finally:
-        handle.remove()
-    if not seen or not _is_map(seen[-1]):
-        shape = list(seen[-1].shape[1:]) if seen and isinstance(seen[-1], Tensor) else "no tensor"
-        raise ValueError(f"layer {layer} gives {shape} per image, expected a feature map (K, h, w)")
-    return seen[-1], logits
+    found, logits = evaluation.at_layer(images, layer)
+    if not _is_map(found):
+        raise ValueError(f"layer {layer} gives {list(found.shape[1:])} per image, expected a feature map (K, h, w)")
+    return found, logits
 
 
 def cam(evaluation: Evaluation, images: Tensor, target: Tensor, spec: Saliency) -> Tensor:

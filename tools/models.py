@@ -184,19 +184,35 @@ class Evaluation(nn.Module):
 
     def features(self, images: Tensor, *, layer: str | None = None) -> Tensor:
         """Activations (B, D, ...) of one padded block (B, C, H, W): the input of the head, or the output of the module
-        named `layer`."""
+        named `layer`. Raises: ValueError, as `at_layer`."""
+        if layer is not None:
+            return self.at_layer(images, layer)[0]
+        name = head_name(self.model.net)
         found: list[Tensor] = []
-        if layer is None:
-            head = self.model.net.get_submodule(head_name(self.model.net))
-            handle = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-        else:
-            # A clone: what follows may change the output in place.
-            handle = self.layer(layer).register_forward_hook(lambda _, __, output: found.append(output.clone()))
+        handle = self.model.net.get_submodule(name).register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
         try:
             self(images)
         finally:
             handle.remove()
-        return found[-1]
+        return _rows_of_all(found, images, name=name)
+
+    def at_layer(self, images: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """What a layer gives the last time it runs, (B, ...), and the logits (B, K), of one padded block (B, C, H, W).
+
+        Raises: ValueError where it does not run, or gives no tensor with a row per image.
+        """
+        found: list[object] = []
+
+        def take(module: nn.Module, inputs: object, output: object) -> object:
+            found.append(output)
+            return output.clone() if isinstance(output, Tensor) else None  # what follows may change it in place
+
+        handle = self.layer(name).register_forward_hook(take)
+        try:
+            logits = self(images)
+        finally:
+            handle.remove()
+        return _rows_of_all(found, images, name=name), logits
 
     def lanes_for(self, images: Tensor) -> Lanes | None:
         """In which blocks of such images (N, C, H, W) may be computed at once; None where one at a time is right."""
@@ -212,6 +228,18 @@ class Evaluation(nn.Module):
         except AttributeError:
             names = [n for n, _ in self.model.net.named_modules() if n and "." not in n]
             raise ValueError(f"no layer {name!r}; the network has {', '.join(names)}") from None
+
+
+def _rows_of_all(found: Sequence[object], images: Tensor, *, name: str) -> Tensor:
+    """The last of what was found at a layer. Raises: ValueError where it is no tensor with a row for each image."""
+    if not found:
+        raise ValueError(f"layer {name} does not run")
+    last = found[-1]
+    if not isinstance(last, Tensor):
+        raise ValueError(f"layer {name} gives a {type(last).__name__}, expected a tensor")
+    if not last.dim() or len(last) != len(images):
+        raise ValueError(f"layer {name} gives {tuple(last.shape)} for {len(images)} images, expected a row for each")
+    return last
 
 
 def padded(images: Tensor, block: int) -> Iterator[tuple[Tensor, int]]:

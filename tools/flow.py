@@ -129,7 +129,8 @@ class Flow:
         if batch is None:
             return False
         skip = torch.zeros(len(batch), dtype=torch.bool) if batch.skip is None else batch.skip.cpu()
-        waiting = deque((~skip).nonzero()[:, 0].tolist())
+        order = torch.arange(len(batch)) if batch.order is None else batch.order.cpu()
+        waiting = deque(order[~skip[order]].tolist())
         self.entries.append(_Entry(batch, Outcome.of(batch), waiting, batch.clean[:0], len(waiting)))
         return True
 

@@ -35,13 +35,17 @@ class Ascent(Protocol):
 
 @dataclass
 class Batch:
-    """Rows to climb from: ids int64 (N,), clean (N, C, H, W), context per row; rows in `skip` are returned as they are."""
+    """Rows to climb from: ids int64 (N,), clean (N, C, H, W), context per row; rows in `skip` are returned as they are.
+
+    order: int64 (N,), the rows as they are to begin (None: one after the other).
+    """
 
     ids: Tensor
     clean: Tensor
     context: dict[str, Tensor]
     skip: Tensor | None = None
     tag: Any = None
+    order: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

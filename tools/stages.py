@@ -13,10 +13,11 @@ from rbkit.tools import random
 from rbkit.tools.attack import Attack
 from rbkit.tools.flow import Flow, Poll, finished
 from rbkit.tools.gpu import products
+from rbkit.tools.losses import margin
 from rbkit.tools.models import Evaluation
 from rbkit.tools.norms import NORMS
 from rbkit.tools.sameness import Narrowest, narrowing
-from rbkit.tools.slots import Batch, Outcome
+from rbkit.tools.slots import Batch, Context, Outcome
 
 
 @dataclass
@@ -172,7 +173,22 @@ def prepare(evaluation: Evaluation, spec: Attack, batch: Batch, *, judge: Evalua
     skip = skip if _measures(spec, judge) else broken
     if spec.keep == "batch":  # rows that need no attack count in the mean all the same
         skip = torch.zeros_like(skip)
-    return Batch(batch.ids, batch.clean, context, skip, _Tag(batch.tag, logits, earlier, broken))
+    order = None if spec.keep == "batch" else hardest_first(logits, context)  # its mean is over neighbours
+    return Batch(batch.ids, batch.clean, context, skip, _Tag(batch.tag, logits, earlier, broken), order)
+
+
+def hardest_first(logits: Tensor, context: Context) -> Tensor:
+    """Rows by how far they are from the goal at their clean logits (N, K), the farthest first, int64 (N,).
+
+    What takes all steps should begin early: begun last, it goes on when the rest of its block is padding.
+    """
+    label = context["label"]
+    near = (
+        -margin(logits, context["target"])
+        if "target" in context and "targets" not in context
+        else margin(logits, label)
+    )
+    return near.argsort(stable=True)
 
 
 def _measures(spec: Attack, judge: Evaluation | None) -> bool:

@@ -189,12 +189,42 @@ def test_drawn_layers_keep_the_statistics_of_their_outputs():
         images = sanity.probes(evaluation, shape)
         old = sanity.layers(evaluation, images)
         for count, name in enumerate(reversed(old), start=1):
-            new = sanity.layers(sanity.randomised(evaluation, shape, count=count), images)[name][1]
+            _, new = sanity.layers(sanity.randomised(evaluation, shape, count=count), images)[name]
             dims = [0] if new.dim() == 2 else [0, 2, 3]
             was = old[name][1]
             torch.testing.assert_close(new.mean(dims), was.mean(dims), atol=1e-3, rtol=1e-3)
             torch.testing.assert_close(new.std(dims), was.std(dims), atol=1e-3, rtol=1e-2)
             assert not torch.allclose(new, was, atol=1e-2)
+
+
+class Attending(torch.nn.Module):
+    """A patch embedding, attention, a layer and the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.fc = torch.nn.Conv2d(toys.C, 8, 4, stride=4), torch.nn.Linear(8, toys.K)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.after = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.fc(torch.relu(self.after(x)).mean(1))
+
+
+def test_attention_is_drawn_anew_in_its_turn():
+    """Its weights belong to no layer that runs by itself."""
+    evaluation = bare(toys.C)(toys.randomise(Attending()))
+    assert list(sanity.layers(evaluation, sanity.probes(evaluation, SHAPE))) == ["patch", "attention", "after", "fc"]
+    old = dict(evaluation.model.net.named_parameters())
+    for count, fresh in ((2, set()), (3, {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"})):
+        new = sanity.randomised(evaluation, SHAPE, count=count).model.net.attention
+        assert {n for n, p in new.named_parameters() if not torch.equal(p, old[f"attention.{n}"])} == fresh
+    for part in ("in_proj_weight", "out_proj.weight"):
+        was, is_now = old[f"attention.{part}"], new.get_parameter(part)
+        assert float(is_now.std() / was.square().mean().sqrt()) == pytest.approx(1, abs=0.25)
+        assert abs(float(torch.corrcoef(torch.stack([was.flatten(), is_now.flatten()]))[0, 1])) < 0.35
+    assert not new.in_proj_bias.any()
 
 
 def spearman(first, second):

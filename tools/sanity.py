@@ -2,10 +2,14 @@
 
 Layers are drawn anew from the head down, each from a stream of random numbers of its own. A drawn layer keeps the mean
 and the deviation of each of its outputs on noise images, which is what estimating BatchNorm's statistics again would
-do, but does not depend on the rows that are judged. The model itself is never changed.
+do, but does not depend on the rows that are judged. Attention, whose output is not linear in its weights, keeps the mean
+square of each of them instead. The model itself is never changed.
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +34,19 @@ def probes(evaluation: Evaluation, shape: tuple[int, ...]) -> Tensor:
     return (evaluation.model.mean + evaluation.model.std * smooth).clamp(0, 1)
 
 
-def layers(evaluation: Evaluation, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layers with weights in the order in which they run, each with its (last) input and output on `images`."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+def layers(evaluation: Evaluation, images: Tensor) -> dict[str, tuple[Tensor, Tensor] | None]:
+    """Layers with weights in the order in which they run, each with its (last) input and output on `images`; None of
+    attention."""
+    seen: dict[str, tuple[Tensor, Tensor] | None] = {}
+
+    def note(module: nn.Module, given: Any, output: Any, *, name: str) -> None:
+        plain = not isinstance(module, nn.MultiheadAttention)
+        seen[name] = (given[0].clone(), output.clone()) if plain else None
+
     handles = [
-        module.register_forward_hook(lambda _, x, out, name=name: seen.update({name: (x[0].clone(), out.clone())}))
+        module.register_forward_hook(partial(note, name=name))
         for name, module in evaluation.model.net.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention)
     ]
     try:
         with torch.no_grad():
@@ -63,6 +73,17 @@ def _draw(layer: nn.Module, before: Tensor, after: Tensor, *, name: str, draw: i
         bias.copy_(after.mean(dims) - scale * found.mean(dims))
 
 
+def _draw_attention(attention: nn.Module, *, name: str, draw: int) -> None:
+    """New normal weights of the mean square that each matrix had, without biases."""
+    for part, weight in attention.named_parameters():
+        if weight.dim() < 2:
+            weight.zero_()
+            continue
+        rows = torch.arange(len(weight), device=weight.device)
+        new = random.normal(rows, tuple(weight.shape[1:]), seed=0, purpose=f"randomised {name}.{part}", draw=draw)
+        weight.copy_(new * weight.square().mean().sqrt())
+
+
 @torch.no_grad()
 def randomised(
     evaluation: Evaluation, shape: tuple[int, ...], *, count: int | None = None, draw: int = 0
@@ -71,7 +92,11 @@ def randomised(
     changed = copied(evaluation)
     recorded = layers(evaluation, probes(evaluation, shape))
     for name in list(reversed(recorded))[:count]:
-        _draw(changed.model.net.get_submodule(name), *recorded[name], name=name, draw=draw)
+        layer, seen = changed.model.net.get_submodule(name), recorded[name]
+        if seen is None:
+            _draw_attention(layer, name=name, draw=draw)
+        else:
+            _draw(layer, *seen, name=name, draw=draw)
     return changed
 
 

@@ -126,7 +126,7 @@ K := $(D)/.knobs
 
 source_shapes := shapes
 source_fashion-mnist := fashion-mnist $(if $(ROOT),--root $(ROOT),$(if $(wildcard /usr/share/datasets/fashion-mnist),,--download --root data))
-source_cifar10 := cifar10 $(if $(ROOT),--root $(ROOT),--download --root data)
+source_cifar10 := $(if $(and $(ROOT),$(wildcard $(ROOT)/train/*/)),folder $(ROOT) --size 32,cifar10 $(if $(ROOT),--root $(ROOT),--download --root data))
 source_folder := folder $(ROOT) --size $(SIZE)
 SOURCE := $(source_$(DATA))
 

@@ -111,7 +111,9 @@ def cifar10(root: Path, *, split: str) -> DataSet:
     """CIFAR-10's `train` or `test` below `root`. Raises: FormatError, OSError."""
     parts = _batches(root, FILES[split])
     if parts is None:
-        raise FormatError(f"{root}: no {FILES[split][0]}[.bin] here or in {FOLDERS[0]}/ or {FOLDERS[1]}/")
+        raise FormatError(
+            f"{root}: no {FILES[split][0]}[.bin] here or in {FOLDERS[0]}/ or {FOLDERS[1]}/; pictures go with rb-data folder"
+        )
     images = np.concatenate([images for images, _ in parts])
     labels = np.concatenate([labels for _, labels in parts])
     if labels.min() < 0 or labels.max() > 9:

@@ -156,7 +156,8 @@ def image_folder(
     folder = root / ("train" if split in ("val", "trainval") and carved else split)
     if not folder.is_dir():
         raise FormatError(
-            f"{printable(os.fspath(root), limit=200)}: no folder {folder.name!r}; expected train/ and test/"
+            f"{printable(os.fspath(root), limit=200)}: no folder {folder.name!r}; expected SPLIT/CLASS/PICTURE in it; "
+            f"try --split, or move its class folders into {folder.name}/"
         )
     base = root / "train" if (root / "train").is_dir() else folder
     classes = sorted(p.name for p in base.iterdir() if p.is_dir())

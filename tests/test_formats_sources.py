@@ -222,7 +222,7 @@ def test_binary_batches_of_odd_length(size: int, tmp_path: Path) -> None:
 
 
 def test_labels_beyond_nine_and_missing_batches_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"no test_batch\[.bin\] here or in"):
+    with pytest.raises(FormatError, match=r"no test_batch\[.bin\] here or in .*; pictures go with rb-data folder"):
         cifar.cifar10(tmp_path, split="test")
     (tmp_path / "test_batch.bin").write_bytes(bytes(3073) + b"\x0a" + bytes(3072))
     with pytest.raises(FormatError, match="label 10 is not one of"):
@@ -285,7 +285,10 @@ def test_validation_is_carved_only_where_it_has_no_folder(zoo: Path) -> None:
 
 
 def test_bad_folders_are_refused(zoo: Path, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="no folder 'extra'; expected train/ and test/"):
+    with pytest.raises(
+        FormatError,
+        match="no folder 'extra'; expected SPLIT/CLASS/PICTURE in it; try --split, or move its class folders into extra/",
+    ):
         folder.image_folder(zoo, split="extra")
     paint(zoo / "test" / "emu" / "e.png", 0)
     with pytest.raises(FormatError, match=r"class folders \['emu'\] that train lacks"):

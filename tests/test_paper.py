@@ -69,6 +69,16 @@ def test_more_options_of_training_and_attacks_go_through(tmp_path: Path) -> None
             assert Path(stamp).read_text().rstrip("\n").endswith(value or ("crop" if knob == "train" else " 1"))
 
 
+@pytest.mark.parametrize(("target", "file"), [("study", "Makefile"), ("link", "Makefile"), ("paper", "paper.mk")])
+def test_cifar10_may_be_a_folder_of_pictures(target: str, file: str, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "pictures" / split / "cat").mkdir(parents=True)
+    for root, source in (("pictures", f"folder {tmp_path}/pictures --size 32"), ("none", "cifar10 --root")):
+        words = ("DATA=cifar10", f"ROOT={tmp_path / root}", f"OUT={tmp_path / 'out'}")
+        drawn = re.findall(r"^rb-data (.*)$", make(target, *words, file=file).stdout, flags=re.M)
+        assert drawn and all(line.startswith(source) for line in drawn)
+
+
 def test_the_makefile_leads_to_it() -> None:
     """DATA is cifar10 unless it is said; knobs go through."""
     found = make("paper", "SCALE=cpu", "EPS=0.25", file="Makefile")

@@ -473,7 +473,10 @@ def too_deep(x):
         (lambda x: (x.flatten(1)[:, :K], x), "gives a tuple, expected logits"),
         (lambda x: x.flatten(1), rf"gives \(2, {C * H * W}\) for 2 images, expected logits, \(2, {K}\)"),
         (lambda x: x.flatten(1)[0, :K], rf"gives \({K},\) for 2 images"),
-        (too_deep, rf"images of {C}x{H}x{W} \(Wrong image height! Expected 224 but got 8!\); try rb-data --size"),
+        (
+            too_deep,
+            rf"images of {C}x{H}x{W} \(Wrong image height! Expected 224 but got 8!\); try rb-data --size or --grey",
+        ),
         (lambda x: nn.functional.conv2d(x, x.new_zeros(1, C, 9, 9)), r"Kernel size can't be greater"),
     ],
 )

@@ -65,8 +65,9 @@ def check_logits(classifier: Classifier, shape: Sequence[int], classes: int) -> 
         raise
     except Exception as error:  # the code of the network is anybody's
         reason = " ".join(str(error).split()) or type(error).__name__
+        other = "--rgb" if shape[0] == 1 else "--grey"
         raise ValueError(
-            f"the network does not run on images of {size} ({reason[:200]}); try rb-data --size"
+            f"the network does not run on images of {size} ({reason[:200]}); try rb-data --size or {other}"
         ) from error
     if not isinstance(logits, Tensor):
         raise ValueError(f"the network gives a {type(logits).__name__}, expected logits ({classes} for each image)")

@@ -10,7 +10,7 @@ from torch import nn
 
 from rbkit.tools.architectures import build, resnet8, resnet18
 from rbkit.tools.fake_relu import fake_last_relu
-from rbkit.tools.models import Classifier, Evaluation, check_logits, copied, head_name, in_blocks, padded
+from rbkit.tools.models import Classifier, Evaluation, check_logits, copied, in_blocks, padded
 from rbkit.tools.weights import strip_wrapping
 
 N, C, H, W, K = 5, 3, 8, 12, 4
@@ -312,17 +312,13 @@ def test_a_layer_that_ends_with_the_convolution_is_kept_apart_too():
 
 
 class Odd(nn.Module):
-    """Layers that do not run, give two things, have no row per image, or are a second head that is left out."""
+    """Layers that do not run, give two things, or have no row per image."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.idle, self.pair, self.mean, self.fc = (
-            nn.Conv2d(C, C, 1),
-            *(nn.Identity() for _ in range(3)),
-            nn.Linear(C, K),
-        )
+        self.conv, self.fc = nn.Conv2d(C, C, 1), nn.Linear(C, K)
+        self.idle, self.pair, self.mean = (nn.Identity() for _ in range(3))
         self.pair.forward, self.mean.forward = lambda x: (x, x), torch.mean
-        self.other = nn.Linear(C, K)
 
     def forward(self, x):
         x, _ = self.pair(self.conv(x))
@@ -333,9 +329,8 @@ class Odd(nn.Module):
     ("layer", "message"),
     [
         ("idle", "layer idle does not run"),
-        ("pair", "layer pair gives a tuple, expected a tensor"),
-        ("mean", r"layer mean gives \(\) for 32 images, expected a row for each"),
-        (None, "layer other does not run"),
+        ("pair", "layer pair: a tuple, expected a tensor"),
+        ("mean", r"layer mean: \(\) for 32 images, expected a row for each"),
     ],
 )
 def test_a_layer_without_a_row_per_image_is_refused(layer, message):
@@ -369,10 +364,27 @@ def test_an_unknown_layer_is_refused_with_the_names_there_are():
         evaluation.features(images(64), layer="layer9")
 
 
-def test_the_head_is_the_last_linear_layer():
-    assert head_name(nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))) == "3"
+class HeadFirst(nn.Module):
+    """Its head is defined first, and layers that do not run by themselves, or not at all, last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.conv, self.inner = nn.Linear(8, K), nn.Conv2d(C, 8, 1), nn.Linear(8, 8)
+        self.attention, self.projection = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
+        tokens = self.attention(tokens, tokens, tokens)[0]
+        return self.head(self.inner(tokens).mean(1))
+
+
+def test_the_head_is_the_linear_layer_that_runs_last():
+    model, x = classifier(HeadFirst()), images(32)
+    found = Evaluation(model, block=32).features(x)
+    torch.testing.assert_close(found, output_of_layer(model, "inner", x).mean(1), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="no linear head"):
-        head_name(nn.Sequential(nn.Conv2d(C, K, 1), nn.Flatten()))
+        convolution = nn.Sequential(nn.Conv2d(C, K, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        Evaluation(classifier(convolution), block=32).features(x)
 
 
 # -------------------------------------------------------------------------------------------------- FakeReLU

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -184,18 +185,26 @@ class Evaluation(nn.Module):
         return padded(images, self.block)
 
     def features(self, images: Tensor, *, layer: str | None = None) -> Tensor:
-        """Activations (B, D, ...) of one padded block (B, C, H, W): the input of the head, or the output of the module
-        named `layer`. Raises: ValueError, as `at_layer`."""
+        """Activations (B, D, ...) of one padded block (B, C, H, W): the input of the head, which is the linear layer that
+        runs last, or the output of the module named `layer`. Raises: ValueError, as `at_layer`, or where no linear layer runs."""
         if layer is not None:
             return self.at_layer(images, layer)[0]
-        name = head_name(self.model.net)
-        found: list[Tensor] = []
-        handle = self.model.net.get_submodule(name).register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        seen: list[tuple[str, object]] = []
+
+        def note(module: nn.Module, given: tuple[object, ...], *, name: str) -> None:
+            seen.append((name, given[0]))
+
+        linear = [(name, m) for name, m in self.model.net.named_modules() if isinstance(m, nn.Linear)]
+        handles = [m.register_forward_pre_hook(partial(note, name=name)) for name, m in linear]
         try:
             self(images)
         finally:
-            handle.remove()
-        return _rows_of_all(found, images, name=name)
+            for handle in handles:
+                handle.remove()
+        if not seen:
+            raise ValueError("the network has no linear head, so its features cannot be told; try --layer NAME")
+        name, found = seen[-1]
+        return _row_per_image(found, images, name=name)
 
     def at_layer(self, images: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """What a layer gives the last time it runs, (B, ...), and the logits (B, K), of one padded block (B, C, H, W).
@@ -213,7 +222,9 @@ class Evaluation(nn.Module):
             logits = self(images)
         finally:
             handle.remove()
-        return _rows_of_all(found, images, name=name), logits
+        if not found:
+            raise ValueError(f"layer {name} does not run")
+        return _row_per_image(found[-1], images, name=name), logits
 
     def lanes_for(self, images: Tensor) -> Lanes | None:
         """In which blocks of such images (N, C, H, W) may be computed at once; None where one at a time is right."""
@@ -231,16 +242,13 @@ class Evaluation(nn.Module):
             raise ValueError(f"no layer {name!r}; the network has {', '.join(names)}") from None
 
 
-def _rows_of_all(found: Sequence[object], images: Tensor, *, name: str) -> Tensor:
-    """The last of what was found at a layer. Raises: ValueError where it is no tensor with a row for each image."""
-    if not found:
-        raise ValueError(f"layer {name} does not run")
-    last = found[-1]
-    if not isinstance(last, Tensor):
-        raise ValueError(f"layer {name} gives a {type(last).__name__}, expected a tensor")
-    if not last.dim() or len(last) != len(images):
-        raise ValueError(f"layer {name} gives {tuple(last.shape)} for {len(images)} images, expected a row for each")
-    return last
+def _row_per_image(found: object, images: Tensor, *, name: str) -> Tensor:
+    """What was found at a layer. Raises: ValueError where it is no tensor with a row for each image."""
+    if not isinstance(found, Tensor):
+        raise ValueError(f"layer {name}: a {type(found).__name__}, expected a tensor")
+    if not found.dim() or len(found) != len(images):
+        raise ValueError(f"layer {name}: {tuple(found.shape)} for {len(images)} images, expected a row for each")
+    return found
 
 
 def padded(images: Tensor, block: int) -> Iterator[tuple[Tensor, int]]:
@@ -274,11 +282,3 @@ def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` in the place of the one called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(net.get_submodule(parent), child, module)
-
-
-def head_name(net: nn.Module) -> str:
-    """Name of the classification head: the last linear layer. Raises: ValueError when there is none."""
-    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
-        raise ValueError("the network has no linear head, so its features cannot be told; try --layer NAME")
-    return names[-1]

@@ -16,7 +16,7 @@ complete -c rb-invert -l eps -x -d 'L2 radius around the start; 1000: the box al
 complete -c rb-invert -l restarts -x -d 'Best of N starts, per example.'
 complete -c rb-invert -l keep -x -a 'best batch last' -d 'The best iterate of each example, that of the best mean over the block, as the paper does for class images, or the last.'
 complete -c rb-invert -l last-iterate -x -a 'judged unjudged' -d 'unjudged leaves the iterate after the last step out, as the paper does.'
-complete -c rb-invert -l fake-relu -d 'Let gradients through the last ReLU, as the paper does.'
+complete -c rb-invert -l fake-relu -d 'Let gradients through the last ReLU before what is inverted, as the paper does.'
 complete -c rb-invert -l seed -x -d 'Seed of every random number.'
 complete -c rb-invert -l block -x -d 'Rows computed at a time, a multiple of 32; default 64, on a GPU 512; recorded, as it moves last bits.'
 complete -c rb-invert -l arch -x -d 'Leave to import and run this factory, which the model file must name too; may be repeated.'

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from toys import C, H, N, W, generator
 
-from rbkit.tools.norms import L2, LINF, NORMS
+from rbkit.tools.norms import L2, LINF, NORMS, l2_project, l2_size
 
 BOTH = pytest.mark.parametrize("name", ["l2", "linf"])
 
@@ -57,6 +57,17 @@ def test_size_is_per_example():
     delta = deltas().double()
     assert L2.size(delta).tolist() == pytest.approx([math.sqrt(float((d**2).sum())) for d in delta.numpy()])
     assert LINF.size(delta).tolist() == pytest.approx([float(np.abs(d).max()) for d in delta.numpy()])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_large_delta_of_equal_values_is_measured_and_projected_exactly(layout):
+    delta = torch.zeros(2, 3, 224, 224)
+    delta[0, :, :112, :112], delta[0, :, 112:] = 0.05, 0.001
+    delta[1] = 0.013
+    delta = delta.contiguous(memory_format=layout)
+    exact = delta.double().flatten(1).norm(dim=1)
+    torch.testing.assert_close(l2_size(delta).double(), exact, rtol=1e-7, atol=0)
+    assert (l2_project(delta, 1.5).double().flatten(1).norm(dim=1) <= 1.5 * (1 + 1e-7)).all()
 
 
 def test_linf_start_is_uniform_per_coordinate():

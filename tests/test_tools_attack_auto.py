@@ -167,7 +167,7 @@ def test_the_hardest_rows_are_those_whose_clean_logits_are_farthest_from_the_goa
     logits = torch.tensor([[5.0, 0.0, 4.0], [5.0, 1.0, 2.0], [1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
     label, target = torch.tensor([0, 0, 1, 0]), torch.tensor([1, 2, 0, 2])
     assert stages.hardest_first(logits, {"label": label}).tolist() == [1, 0, 2, 3]
-    assert stages.hardest_first(logits, {"label": label, "target": target}).tolist() == [0, 1, 2, 3]
+    assert stages.hardest_first(logits, {"label": label, "target": target}, targeted=True).tolist() == [0, 1, 2, 3]
     aimed = {"label": label, "target": target, "targets": target[:, None]}  # any other class will do
     assert stages.hardest_first(logits, aimed).tolist() == [1, 0, 2, 3]
 

@@ -173,21 +173,18 @@ def prepare(evaluation: Evaluation, spec: Attack, batch: Batch, *, judge: Evalua
     skip = skip if _measures(spec, judge) else broken
     if spec.keep == "batch":  # rows that need no attack count in the mean all the same
         skip = torch.zeros_like(skip)
-    order = None if spec.keep == "batch" else hardest_first(logits, context)  # its mean is over neighbours
+    order = (
+        None if spec.keep == "batch" else hardest_first(logits, context, targeted=spec.targeted)
+    )  # its mean is over neighbours
     return Batch(batch.ids, batch.clean, context, skip, _Tag(batch.tag, logits, earlier, broken), order)
 
 
-def hardest_first(logits: Tensor, context: Context) -> Tensor:
+def hardest_first(logits: Tensor, context: Context, *, targeted: bool = False) -> Tensor:
     """Rows by how far they are from the goal at their clean logits (N, K), the farthest first, int64 (N,).
 
     What takes all steps should begin early: begun last, it goes on when the rest of its block is padding.
     """
-    label = context["label"]
-    near = (
-        -margin(logits, context["target"])
-        if "target" in context and "targets" not in context
-        else margin(logits, label)
-    )
+    near = -margin(logits, context["target"]) if targeted else margin(logits, context["label"])
     return near.argsort(stable=True)
 
 

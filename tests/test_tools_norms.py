@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from toys import C, H, N, W, generator
 
-from rbkit.tools.norms import L2, LINF, NORMS, l2_project, l2_size
+from rbkit.tools.norms import L2, LINF, NORMS, l2_project_, l2_size
 
 BOTH = pytest.mark.parametrize("name", ["l2", "linf"])
 
@@ -44,13 +44,13 @@ def test_step_of_a_zero_gradient_is_zero_and_leaves_the_other_rows_alone(name):
 def test_projection_is_the_nearest_point_of_the_ball(name):
     outside = deltas()
     outside[3] *= 1e-3  # one row lies inside
-    found = NORMS[name].project(outside, 0.7)
+    found = NORMS[name].project_(outside.clone(), 0.7)
     for row, x in zip(found.numpy(), outside.double().numpy(), strict=True):
         assert row == pytest.approx(reference.onto_ball(x, 0.7, name), abs=1e-6)
     assert torch.equal(found[3], outside[3])
     assert (NORMS[name].size(found.double()) <= 0.7 * (1 + 1e-7)).all()
-    assert torch.equal(NORMS[name].project(torch.zeros_like(outside), 0.0), torch.zeros_like(outside))
-    assert (NORMS[name].project(outside, 0.0) == 0).all()
+    assert torch.equal(NORMS[name].project_(torch.zeros_like(outside), 0.0), torch.zeros_like(outside))
+    assert (NORMS[name].project_(outside.clone(), 0.0) == 0).all()
 
 
 def test_size_is_per_example():
@@ -67,7 +67,7 @@ def test_a_large_delta_of_equal_values_is_measured_and_projected_exactly(layout)
     delta = delta.contiguous(memory_format=layout)
     exact = delta.double().flatten(1).norm(dim=1)
     torch.testing.assert_close(l2_size(delta).double(), exact, rtol=1e-7, atol=0)
-    assert (l2_project(delta, 1.5).double().flatten(1).norm(dim=1) <= 1.5 * (1 + 1e-7)).all()
+    assert (l2_project_(delta, 1.5).double().flatten(1).norm(dim=1) <= 1.5 * (1 + 1e-7)).all()
 
 
 def test_linf_start_is_uniform_per_coordinate():
@@ -103,4 +103,4 @@ def test_no_rows_are_no_rows():
     """An attack on an empty stream projects and steps as any other."""
     empty = torch.zeros(0, C, H, W)
     for norm in NORMS.values():
-        assert norm.step(empty).shape == norm.project(empty, 0.5).shape == empty.shape
+        assert norm.step(empty).shape == norm.project_(empty, 0.5).shape == empty.shape

@@ -19,7 +19,7 @@ def pair(norm: str, eps: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     source = torch.Generator().manual_seed(seed)
     clean = torch.randint(-40, 296, SHAPE, generator=source).clamp(0, 255) / 255
     delta = torch.randn(SHAPE, generator=source)
-    delta = NORMS[norm].project(delta * 10 * eps * torch.rand(5, 1, 1, 1, generator=source), eps)
+    delta = NORMS[norm].project_(delta * 10 * eps * torch.rand(5, 1, 1, 1, generator=source), eps)
     return clean, (clean + delta).clamp(0, 1)
 
 
@@ -75,7 +75,7 @@ def test_every_level_survives_the_round_trip(norm):
 def test_leaves_ball_finds_each_way_out_and_nothing_else(norm):
     eps = 0.1
     clean = torch.full(SHAPE, 0.5)
-    delta = NORMS[norm].project(torch.ones(SHAPE), eps)
+    delta = NORMS[norm].project_(torch.ones(SHAPE), eps)
     assert not leaves_ball(clean + delta, clean, norm=norm, eps=eps).any()
     assert leaves_ball(clean + delta * 1.001, clean, norm=norm, eps=eps).all()
     bad = clean.clone()

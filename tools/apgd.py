@@ -140,4 +140,4 @@ class ApgdSlots(Slots):
 
     def _inside(self, images: Tensor) -> Tensor:
         """Projected onto the ball and cut to the box; `images` are written over."""
-        return self.plan.norm.project(images.sub_(self.clean), self.plan.eps).add_(self.clean).clamp_(0, 1)
+        return self.plan.norm.project_(images.sub_(self.clean), self.plan.eps).add_(self.clean).clamp_(0, 1)

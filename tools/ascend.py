@@ -57,7 +57,7 @@ def climb(images: Tensor, gradient: Tensor, clean: Tensor, plan: Plan) -> Tensor
 def projected(images: Tensor, move: Tensor, clean: Tensor, plan: Plan) -> Tensor:
     """`images` moved by `move`, which is written over, back on the ball around `clean` and in the box; all (N, C, H, W)."""
     delta = move.add_(images).sub_(clean)
-    moved = plan.norm.project(delta, plan.eps).add_(clean)
+    moved = plan.norm.project_(delta, plan.eps).add_(clean)
     return moved.clamp_(0, 1) if plan.box else moved
 
 

@@ -175,7 +175,7 @@ def random_start(norm: Norm, eps: float, *, seed: int) -> Start:
 
     def start(ids: Tensor, clean: Tensor, restart: Tensor) -> Tensor:
         delta = norm.start(ids, tuple(clean.shape[1:]), eps, seed=seed, draw=restart)
-        return (clean + norm.project(delta, eps)).clamp(0, 1)
+        return norm.project_(delta, eps).add_(clean).clamp_(0, 1)
 
     return start
 

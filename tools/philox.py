@@ -31,16 +31,16 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[An
         c0 *= MULTIPLIERS[0]
         c2 *= MULTIPLIERS[1]
         high0, high2 = c0 >> 32, c2 >> 32
-        high0 &= MASK
-        high2 &= MASK
         high2 ^= c1
         high0 ^= c3
         high2 ^= k0
         high0 ^= k1
-        c0 &= MASK
-        c2 &= MASK
-        c0, c1, c2, c3 = high2, c2, high0, c0
+        high2 &= MASK
+        high0 &= MASK
+        c0, c1, c2, c3 = high2, c2, high0, c0  # of c1 and c3 the lower 32 bits count
         k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    c1 &= MASK
+    c3 &= MASK
     return c0, c1, c2, c3
 
 

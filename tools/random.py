@@ -48,10 +48,10 @@ def normal(ids: Tensor, shape: Sequence[int], *, seed: int, purpose: str, draw: 
     """Standard normal numbers, float32 (N, *shape), by Box and Muller (1958) on two words each."""
     count = math.prod(shape)
     pairs = -(-count // 2)
-    bits = words(ids, 2 * pairs, seed=seed, purpose=purpose, draw=draw).to(torch.float64)
-    radius = torch.sqrt(-2.0 * torch.log((bits[:, :pairs] + 0.5) * 2.0**-32))
-    angle = bits[:, pairs:] * (2.0 * math.pi * 2.0**-32)
-    both = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
+    bits = words(ids, 2 * pairs, seed=seed, purpose=purpose, draw=draw)
+    radius = bits[:, :pairs].to(torch.float64).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    angle = bits[:, pairs:].to(torch.float64).mul_(2.0 * math.pi * 2.0**-32)
+    both = torch.cat([radius * torch.cos(angle), radius.mul_(angle.sin_())], dim=1)
     return both[:, :count].to(torch.float32).reshape(len(ids), *shape)
 
 

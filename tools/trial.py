@@ -150,7 +150,7 @@ class Trial:
         broken = self.stored & False
         for query in range(QUERIES):
             change = _square(rows.ids, now - rows.clean, self.eps, norm.name, query, seed=self.seed)
-            images = (rows.clean + norm.project(change, self.eps)).clamp(0, 1)
+            images = norm.project_(change, self.eps).add_(rows.clean).clamp_(0, 1)
             scores = asked(images)
             better = scores[:, 0] > best[:, 0]
             now = torch.where(better[:, None, None, None], images, now)

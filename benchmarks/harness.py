@@ -62,7 +62,8 @@ class Group:
     floors: work that no contender can undercut. A single one is called `floor`; `forward` and `gradient` are passes of one
     kind, `floor_passes` images each, from which the floor of a contender follows by the passes that it made of `networks`.
     reference: the row that ratios are to; the first one of rbkit where None. heading: of the column of what contenders
-    found. rounds: fewer than asked for, where a round is long; warm: one round before, which is not counted.
+    found. rounds: fewer than asked for, where a round is long; warm: two rounds before that are not counted: what is tried
+    once is tried in the first, passes are counted in the second.
     asked: what the project set itself; after: more text below the table.
     """
 
@@ -123,15 +124,15 @@ def silence() -> Iterator[None]:
 
 
 def measure(group: Group, peers: Peers, *, rounds: int) -> None:
-    """Time every contender in turn, `rounds` times at most, after one round that is not counted.
+    """Time every contender in turn, `rounds` times at most, after two rounds that are not counted.
 
     Every other round goes backwards, so that a machine that grows slower within a round is unfair to none.
     """
     if group.peers:
         peers.call(_receive, group.peers, group.networks)
     here = group.floors | group.contenders
-    for number in range(-int(group.warm), min(rounds, group.rounds or rounds)):
-        watched = number < 0
+    for number in range(-2 * group.warm, min(rounds, group.rounds or rounds)):
+        watched = number == -1
         for name in [*here, *group.peers][:: -1 if number % 2 else 1]:
             if name in group.failed:
                 continue
@@ -139,7 +140,7 @@ def measure(group: Group, peers: Peers, *, rounds: int) -> None:
                 turn = _turn(here[name], group.networks if watched else ())
             else:
                 turn = peers.call(_peers_turn, name, watched)
-            _note(group, name, turn, counts=not watched)
+            _note(group, name, turn, counts=number >= 0)
 
 
 def _turn(work: Work, watched: tuple[nn.Module, ...]) -> Turn:

@@ -412,6 +412,49 @@ def test_blocks_come_back_in_order_with_gradients_on_or_off_as_here():
             assert torch.equal(torch.stack(list(side.map(look, rows)))[:, 0], torch.arange(20.0) + enabled)
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("slow", ["in lanes", "with all threads"])
+def test_blocks_go_on_the_way_that_is_faster(slow):
+    """After a stretch of each; also in later calls, and in those that are too short for both."""
+    side, main = lanes.Lanes(2), threading.current_thread()
+
+    def look(number):
+        here = threading.current_thread() is main
+        where.append(here)
+        if here == (slow == "with all threads"):
+            time.sleep(0.005)
+        return number * torch.ones(1)
+
+    for count in (40, 30, 10):
+        where = []
+        assert torch.cat(list(side.map(look, [(i,) for i in range(count)]))).tolist() == list(range(count))
+        trials = {40: 2 + 16, 30: 0, 10: 0}[count]  # whether numbers are the same, and a stretch of 8 either way
+        assert set(where[trials:]) == {slow == "in lanes"}
+
+
+def test_the_way_that_was_slower_is_tried_again_for_a_stretch():
+    pace = lanes.Pace()
+    assert pace.plan(100, stretch=8) == (True, 8)
+    pace.note(True, 1.0)
+    assert pace.plan(92, stretch=8) == (False, 8)
+    pace.note(False, 1.1)
+    turns = []
+    for _ in range(12):
+        turns.append(pace.plan(50, stretch=8))
+        pace.note(turns[-1][0], 1.0 if turns[-1][0] else 1.1)
+    assert turns.count((False, 8)) == 1
+    assert turns.count((True, 8)) == 2 and turns.count((True, 50)) == 9  # a stretch to go back, each time
+    pace.note(True, 2.0)  # other programs have come
+    assert pace.plan(5, stretch=8) == (False, 5)
+
+
+def test_blocks_that_are_few_are_tried_either_way_in_turn():
+    pace = lanes.Pace()
+    assert pace.plan(8, stretch=8) == (True, 8)
+    pace.note(True, 1.0)
+    assert pace.plan(8, stretch=8) == (False, 8)
+
+
 def test_a_copy_of_a_model_shares_the_lanes():
     victim = evaluation(convnet())
     victim.lanes = lanes.Lanes(2)

@@ -21,7 +21,7 @@ def deltas(scale: float = 1.0) -> torch.Tensor:
 
 
 @BOTH
-@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-30, 1e20])
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-30, 1e-36, 1e20])
 def test_step_has_norm_one_in_the_direction_of_the_gradient(name, scale):
     gradient = deltas(scale)
     step = NORMS[name].step(gradient)

@@ -119,3 +119,12 @@ def test_permutation_is_one_and_depends_on_the_draw():
     first, second = (random.permutation(101, seed=0, purpose="order", draw=d) for d in (0, 1))
     assert first.sort().values.tolist() == list(range(101)) == second.sort().values.tolist()
     assert not torch.equal(first, second) and not torch.equal(first, torch.arange(101))
+
+
+@pytest.mark.parametrize("count", [1, 7, 20000])
+def test_an_order_rises_by_uniform_numbers_and_equal_ones_stay_as_they_come(count):
+    found = random.order(IDS, count, seed=3, purpose="test", draw=2)
+    drawn = random.uniform(IDS, (count,), seed=3, purpose="test", draw=2)
+    assert torch.equal(found, drawn.argsort(dim=1, stable=True))
+    if count == 20000:  # some are equal
+        assert (drawn.sort(dim=1).values.diff(dim=1) == 0).any()

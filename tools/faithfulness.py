@@ -53,7 +53,7 @@ def random_order(batch: Batch) -> Tensor:
 
     def drawn() -> Tensor:
         size = batch.image[0, 0].numel()
-        return random.uniform(batch.ids, (size,), seed=0, purpose="random order").argsort(dim=1, stable=True)
+        return random.order(batch.ids, size, seed=0, purpose="random order")
 
     return batch.once("random order", drawn)
 

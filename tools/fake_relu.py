@@ -3,6 +3,8 @@ arXiv 1906.00945)."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 
@@ -54,12 +56,11 @@ def _relus(evaluation: Evaluation, images: Tensor, layer: str | None) -> tuple[l
     """Names of ReLU modules in the order of a forward pass, and how many of them run before `layer` has its last output."""
     order: list[str] = []
     done: list[int] = []
-    relus = [(name, m) for name, m in evaluation.model.net.named_modules() if isinstance(m, nn.ReLU)]
-    handles = [m.register_forward_hook(lambda *_, name=name: order.append(name)) for name, m in relus]
-    if layer is not None:
-        handles.append(evaluation.layer(layer).register_forward_hook(lambda *_: done.append(len(order))))
-    with torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in evaluation.model.net.named_modules():
+            if isinstance(module, nn.ReLU):
+                hooks.enter_context(module.register_forward_hook(lambda *_, name=name: order.append(name)))
+        if layer is not None:
+            hooks.enter_context(evaluation.layer(layer).register_forward_hook(lambda *_: done.append(len(order))))
         evaluation(images)
-    for handle in handles:
-        handle.remove()
     return order, done[-1] if done else len(order)

@@ -6,6 +6,7 @@ other programs want the same processors, as in a pipe, these waits are long.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ MOST = 8  # each takes memory, and one thread serves them all
 ROOM = 1 << 30  # bytes that all passes keep for gradients; with resnet18 a process grows by 1.6 to 3 times as much
 SMALL = 3 * 64 * 64  # values of an image: what passes without gradients take is not told, and grows with the area
 ENOUGH = 4  # blocks for each lane: fewer are not worth the trial
+FADING = 0.99  # what is left of the time of the slower way with each turn of the faster one, so that it is tried again
 T = TypeVar("T")
 Found = TypeVar("Found", Tensor, tuple[Tensor, ...])
 
@@ -54,6 +56,30 @@ def shared(threads: int, most: int) -> int:
     return max(range(1, min(most, threads) + 1), key=lambda count: (count * (threads // count), count))
 
 
+class Pace:
+    """Which way blocks are faster, side by side or one at a time by all threads: seconds of a block either way, as last seen.
+
+    It depends on the network, the processor, and what else runs there.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[bool, float] = {}  # by whether they are side by side
+        self.last = True
+
+    def plan(self, left: int, *, stretch: int) -> tuple[bool, int]:
+        """Whether the next of the blocks that are left go side by side, and how many of them: a stretch where that is a trial."""
+        if len(self.seconds) < 2:
+            return not self.seconds, stretch if left >= 2 * stretch else left
+        faster = min(self.seconds, key=self.seconds.__getitem__)
+        return faster, left if faster == self.last else min(stretch, left)
+
+    def note(self, abreast: bool, seconds: float) -> None:
+        """What a block took."""
+        self.seconds[abreast], self.last = seconds, abreast
+        if (other := not abreast) in self.seconds:
+            self.seconds[other] *= FADING
+
+
 class Lanes:
     """Up to `most` lanes, which share the threads that torch has now; `count` of them where there is work for all.
 
@@ -65,6 +91,7 @@ class Lanes:
         self.count = shared(self.threads, min(most, MOST))
         self.pool = ThreadPoolExecutor(self.count)
         self.tried: dict[tuple[str, int], int] = {}
+        self.paces: dict[tuple[str, int], Pace] = {}
 
     def __reduce__(self) -> tuple[type[Lanes], tuple[int]]:
         """In another process, lanes of its own."""
@@ -111,11 +138,21 @@ class Lanes:
         return self.tried[trial]
 
     def map(self, look: Callable[..., Found], items: Sequence[Sequence[Any]]) -> Iterator[Found]:
-        """`look` at each of `items`, its arguments, in order, side by side where that makes no difference."""
+        """`look` at each of `items`, its arguments, in order, side by side where that makes no difference but in time."""
         count = self.to_open(len(items) // ENOUGH)
         if count == 1 or (count := self.opened(count, look, *items[0])) == 1:
             yield from (look(*item) for item in items)
             return
+        pace, done = self.paces.setdefault((look.__qualname__, count), Pace()), 0
+        while done < len(items):
+            abreast, number = pace.plan(len(items) - done, stretch=ENOUGH * count)
+            part, begin = items[done : done + number], time.perf_counter()
+            yield from self._abreast(count, look, part) if abreast else (look(*item) for item in part)
+            pace.note(abreast, (time.perf_counter() - begin) / number)
+            done += number
+
+    def _abreast(self, count: int, look: Callable[..., Found], items: Sequence[Sequence[Any]]) -> Iterator[Found]:
+        """`look` at each of `items` in `count` lanes."""
         turns: deque[Future[Found]] = deque()
         with threads(self.each(count)):
             for item in items:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import TypeVar
 
@@ -194,13 +195,11 @@ class Evaluation(nn.Module):
         def note(module: nn.Module, given: tuple[object, ...], *, name: str) -> None:
             seen.append((name, given[0]))
 
-        linear = [(name, m) for name, m in self.model.net.named_modules() if isinstance(m, nn.Linear)]
-        handles = [m.register_forward_pre_hook(partial(note, name=name)) for name, m in linear]
-        try:
+        with ExitStack() as hooks:
+            for name, module in self.model.net.named_modules():
+                if isinstance(module, nn.Linear):
+                    hooks.enter_context(module.register_forward_pre_hook(partial(note, name=name)))
             self(images)
-        finally:
-            for handle in handles:
-                handle.remove()
         if not seen:
             raise ValueError("the network has no linear head, so its features cannot be told; try --layer NAME")
         name, found = seen[-1]
@@ -217,11 +216,8 @@ class Evaluation(nn.Module):
             found.append(output)
             return output.clone() if isinstance(output, Tensor) else None  # what follows may change it in place
 
-        handle = self.layer(name).register_forward_hook(take)
-        try:
+        with self.layer(name).register_forward_hook(take):
             logits = self(images)
-        finally:
-            handle.remove()
         if not found:
             raise ValueError(f"layer {name} does not run")
         return _row_per_image(found[-1], images, name=name), logits

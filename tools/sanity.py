@@ -8,6 +8,7 @@ square of each of them instead. The model itself is never changed.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -43,17 +44,11 @@ def layers(evaluation: Evaluation, images: Tensor) -> dict[str, tuple[Tensor, Te
         plain = not isinstance(module, nn.MultiheadAttention)
         seen[name] = (given[0].clone(), output.clone()) if plain else None
 
-    handles = [
-        module.register_forward_hook(partial(note, name=name))
-        for name, module in evaluation.model.net.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention)
-    ]
-    try:
-        with torch.no_grad():
-            evaluation(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in evaluation.model.net.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention):
+                hooks.enter_context(module.register_forward_hook(partial(note, name=name)))
+        evaluation(images)
     return seen
 
 

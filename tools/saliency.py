@@ -85,15 +85,11 @@ def expected_gradients(
     if background is None or not len(background):
         raise ValueError("shap needs background images; try --background FILE")
 
-    # All at once: a draw takes as long for a block of pairs as for thousands.
-    every = {"seed": spec.seed, "draw": torch.arange(spec.samples, device=ids.device).repeat(len(ids))}
-    keys = ids.repeat_interleave(spec.samples)
-    chosen = random.integers(keys, len(background), purpose="shap background", **every).reshape(-1, spec.samples)
-    alpha = random.uniform(keys, (1,), purpose="shap alpha", **every).reshape(-1, spec.samples)
-
     def point(rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        start, end = background.index_select(0, chosen[rows, numbers]), images.index_select(0, rows)
-        return torch.lerp(start, end, per_row(alpha[rows, numbers])), end - start
+        chosen = random.integers(ids[rows], len(background), seed=spec.seed, purpose="shap background", draw=numbers)
+        alpha = random.uniform(ids[rows], (1,), seed=spec.seed, purpose="shap alpha", draw=numbers)[:, 0]
+        start, end = background.index_select(0, chosen), images.index_select(0, rows)
+        return torch.lerp(start, end, per_row(alpha)), end - start
 
     total, square = accumulated(
         evaluation, images, target, spec, points=spec.samples, point=point, lanes=evaluation.lanes_for(images)

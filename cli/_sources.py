@@ -171,6 +171,9 @@ def _pngs(options: dict[str, Any]) -> DataSet:
     paths = options["paths"]
     if paths == ["-"]:
         return _piped_pngs(options)
+    given = next((path for path in paths if Path(path).is_dir()), None)
+    if given is not None and not options["keep_going"]:
+        raise Input(f"{given}: is a folder, expected pictures; try {given.rstrip('/')}/*.png")
     labels = None if options["label"] is None else np.full(len(paths), options["label"], np.int64)
     return files(
         [Path(p) for p in paths], paths, labels=labels, size=options["size"], channels=_channels(options),

@@ -249,13 +249,13 @@ def test_road_of_a_constant_map_is_random_order_and_of_a_good_one_beyond_it():
 
 def test_the_random_order_is_drawn_once_for_all_metrics_methods_and_reference_maps(monkeypatch):
     """A draw and a sort took a twentieth of pixel flipping."""
-    draws, uniform = [], random.uniform
+    draws, order = [], random.order
 
     def counted(*arguments, purpose, **options):
         draws.append(purpose)
-        return uniform(*arguments, purpose=purpose, **options)
+        return order(*arguments, purpose=purpose, **options)
 
-    monkeypatch.setattr(random, "uniform", counted)
+    monkeypatch.setattr(random, "order", counted)
     given = batch()
     evaluate(given, ["insertion", "deletion", "deletion_mean", "road_morf", "road_lerf"])
     evaluate(given.with_maps(given.maps.flip(0)), ["deletion", "road_morf"])

@@ -10,7 +10,7 @@ import typer
 from rbkit.cli import _flags, _gates, _history, _output, _table, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import block_on, load_model, set_up
-from rbkit.cli._errors import Input, Numbers, Usage
+from rbkit.cli._errors import Failure, Input, Numbers, Usage
 from rbkit.cli._judge import FEATURES, PREFIX, Judge
 from rbkit.cli._log import note
 from rbkit.cli._options import (
@@ -110,7 +110,7 @@ def score(
             "-o",
             "--output",
             metavar="FILE",
-            help="Also keep the values per example: a stream of scores that merges by cat.",
+            help="Also keep the values per example: a stream of scores that merges by cat; - is standard output, which then has no records.",
             show_default=False,
         ),
     ] = None,
@@ -125,6 +125,8 @@ def score(
     """
     options = dict(locals())
     _output.refuse_taken(output, no_clobber=no_clobber)
+    if output is not None:
+        _output.check_writable(output)
     _values.choices(options, reduce=("auto", "signed", "abs"))
     _values.block(block)
     gates = _gates.parse(expect)
@@ -161,11 +163,18 @@ def _finish(run: Judge, gates: list[_gates.Gate], options: dict[str, Any]) -> No
     if not records:
         raise Input("no rows to score")
     _tell_missing(records, options)
-    if options["output"] is not None:
-        _keep(run, options)
+    unkept = None
+    try:
+        if options["output"] is not None:
+            _keep(run, options)
+    except Failure as failure:  # told last: the records may have taken hours
+        unkept = failure
     flagged: list[dict[str, Any]] = [] if run.flags is None else run.flags.records(run.pools)
     named = {} if options["tag"] is None else {"tag": options["tag"]}
-    _table.put([record | named for record in records + flagged], json_=options["json_"])
+    if options["output"] != "-":
+        _table.put([record | named for record in records + flagged], json_=options["json_"])
+    if unkept is not None:
+        raise unkept
     _flags.refuse_fired(flagged)
     left = [r for r in records if r["metric"] == "ball_violation" and r["value"]]
     if gates:

@@ -46,6 +46,33 @@ def test_pooled_scores_print_what_the_whole_prints(tmp_path: Path, stream_file: 
     assert execute("rb-score", *names).out == whole.out
 
 
+def test_records_are_told_where_the_values_cannot_be_kept(tmp_path: Path, stream_file: Path, model_file: Path) -> None:
+    """Two maps are two streams, of which a document holds one; that shows when all is computed."""
+    maps, argv = [], ("rb-saliency", stream_file, "-m", model_file, "-q")
+    for method in ("gradient", "input-x-gradient"):
+        maps.append(tmp_path / f"{method}.safetensors")
+        assert execute(*argv, "--method", method, "-o", maps[-1]).status == 0
+    judge = ("rb-score", *maps, "-m", model_file, "--metrics", "gini,clean_accuracy")
+    result = execute(*judge, "-o", tmp_path / "scores.safetensors")
+    assert result.status == 2 and result.err.count("\n") == 1 and ".rbs" in result.err
+    assert result.out == execute(*judge).out and result.out
+    assert not (tmp_path / "scores.safetensors").exists()
+
+
+def test_values_go_to_standard_output_in_place_of_the_records(stream_file: Path, model_file: Path) -> None:
+    """And through a pipe to where they are pooled."""
+    values = execute("rb-score", "-m", model_file, stream_file, "-o", "-")
+    assert values.status == 0, values.err
+    pooled = execute("rb-score", "-", stdin=values.out)
+    assert pooled.status == 0 and pooled.out == execute("rb-score", "-m", model_file, stream_file).out
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    for output in (tmp_path / "nowhere" / "scores.rbs", f"{tmp_path}/"):
+        result = execute("rb-score", tmp_path / "missing.rbs", "-m", tmp_path / "no-model", "-o", output)
+        assert result.status == 4 and str(output) in result.err and result.err.count("\n") == 1
+
+
 def test_gates(stream_file: Path, model_file: Path) -> None:
     value = records("-m", model_file, stream_file)["clean_accuracy", None]["value"]
     gates = {"clean_accuracy >= 0": 0, "clean_accuracy >= 1.5": 8, f"clean_accuracy >= {value}": 9, "nonsense": 2}

@@ -18,7 +18,7 @@ complete -c rb-score -l shard -x -d 'Only the K-th of N contiguous parts of the 
 complete -c rb-score -l device -x -a 'auto cpu cuda' -d 'auto, cpu, cuda or cuda:N; auto takes a GPU where there is one.'
 complete -c rb-score -l threads -x -d 'CPU threads; default: what affinity and quota allow.'
 complete -c rb-score -l max-document -x -d 'Refuse documents larger than this.'
-complete -c rb-score -s o -l output -r -d 'Also keep the values per example: a stream of scores that merges by cat.'
+complete -c rb-score -s o -l output -r -d 'Also keep the values per example: a stream of scores that merges by cat; - is standard output, which then has no records.'
 complete -c rb-score -l no-clobber -d 'Refuse outputs that are already there; the default is to replace them.'
 complete -c rb-score -s q -l quiet -d 'No progress and no notes on standard error.'
 complete -c rb-score -l no-history -d 'Leave the history out of the output.'

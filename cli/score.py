@@ -130,8 +130,9 @@ def score(
     _values.choices(options, reduce=("auto", "signed", "abs"))
     _values.block(block)
     gates = _gates.parse(expect)
-    if flags and per_example:
-        raise Usage("--flags judges rows together; leave out --per-example")
+    together = {"--flags": flags, "--expect": expect, "--paired": paired, "--tag": tag, "-o": output}
+    if per_example and (given := [name for name, value in together.items() if value]):
+        raise Usage(f"--per-example tells each row on its own; leave out {given[0]}")
     names = None if metrics is None else _metric_names(metrics)
     place = set_up(device, threads)
     options["block"] = block_on(place, block)

@@ -73,6 +73,15 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp
         assert result.status == 4 and str(output) in result.err and result.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "option", [("--flags",), ("--expect", "clean_accuracy >= 1"), ("--paired",), ("--tag", "a"), ("-o", "x.rbs")]
+)
+def test_rows_on_their_own_are_asked_for_nothing_else(option, stream_file: Path, model_file: Path) -> None:
+    """A gate that is not judged passes everything."""
+    result = execute("rb-score", "-m", model_file, stream_file, "--per-example", *option)
+    assert result.status == 2 and f"leave out {option[0]}" in result.err and result.err.count("\n") == 1
+
+
 def test_gates(stream_file: Path, model_file: Path) -> None:
     value = records("-m", model_file, stream_file)["clean_accuracy", None]["value"]
     gates = {"clean_accuracy >= 0": 0, "clean_accuracy >= 1.5": 8, f"clean_accuracy >= {value}": 9, "nonsense": 2}

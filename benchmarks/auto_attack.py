@@ -174,6 +174,16 @@ def in_turns(case: Case, peer: Callable[[], Run], mine: Callable[[], Run]) -> tu
     return theirs_first, ours_first
 
 
+def alone(peers: Peers, attack: Callable[..., Run], case: Case, folder: Path | None) -> Callable[[], Run]:
+    """An attack of the reference, each time in a process of its own."""
+
+    def call() -> Run:
+        with peers.begin() as peer:
+            return peer.call(attack, case, folder)
+
+    return call
+
+
 def above(case: Case, found: Run) -> int:
     """Images outside the ball or the box."""
     size = NORMS[case.norm].size((found.images - case.images).double())
@@ -186,7 +196,7 @@ def protocol(case: Case, folder: Path | None, peers: Peers) -> str:
     with torch.no_grad():
         clean = (case.model(case.images).argmax(1) == case.labels).double().mean()
     spec = auto(norm=case.norm, eps=case.eps, steps=case.steps, queries=case.queries, targets=case.targets)
-    runs = in_turns(case, lambda: peers.call(theirs, case, folder), lambda: ours(case, spec))
+    runs = in_turns(case, alone(peers, theirs, case, folder), lambda: ours(case, spec))
     peer, mine = runs
     cells = [case.name, f"{case.norm} {case.eps:.4g}", str(len(case.labels)), f"{clean:.3f}"]
     cells += [f"{1 - found.broken.double().mean():.3f}" for found in runs]
@@ -199,7 +209,7 @@ def protocol(case: Case, folder: Path | None, peers: Peers) -> str:
 def distances(case: Case, folder: Path | None, peers: Peers) -> str:
     """A line of the table of minimal distances: medians over images that are right at first and that both broke."""
     spec = fab_t(norm=case.norm, eps=case.eps, steps=case.steps, targets=case.targets)
-    peer, mine = in_turns(case, lambda: peers.call(their_fab, case, folder), lambda: ours(case, spec))
+    peer, mine = in_turns(case, alone(peers, their_fab, case, folder), lambda: ours(case, spec))
     assert peer.distance is not None and mine.distance is not None
     both = peer.distance.isfinite() & mine.distance.isfinite() & (peer.distance > 0) & (mine.distance > 0)
     middle = [float(found.distance[both].median()) for found in (peer, mine)]  # type: ignore[index]
@@ -239,8 +249,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="folder of the reference's code; default: pyautoattack")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/AUTOATTACK.md"))
     given = parser.parse_args()
-    with start() as peers:
-        compare(given, peers)
+    compare(given, start())
 
 
 def compare(given: argparse.Namespace, peers: Peers) -> None:

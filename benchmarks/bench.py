@@ -96,16 +96,15 @@ def setting_of(given: argparse.Namespace, peers: Peers) -> Setting:
 def main() -> None:
     """Measure everything and write the tables."""
     given = parsed()
-    with start() as peers:
-        bench(setting_of(given, peers), given.only)
+    bench(setting_of(given, start()), given.only)
 
 
 def bench(setting: Setting, sections: list[str]) -> None:
     """The tables of these sections, written as they grow."""
     parts = [
         "# What the tools cost\n",
-        f"Written by `make bench`. {processor()}; {versions()}. Medians; contenders take turns; float32. Other libraries run in a",
-        "process of their own, with the allocator as their users have it; on our network they run in ours.\n",
+        f"Written by `make bench`. {processor()}; {versions()}. Medians; contenders take turns; float32. Other libraries run each in",
+        "a process of its own, with the allocator as their users have it; on our network they run in ours.\n",
     ]
     for name in sections:
         begin = time.perf_counter()

@@ -58,7 +58,7 @@ Work = Callable[[], Told | None]
 class Group:
     """Contenders for one piece of work, name to function, and what was measured of them.
 
-    peers: contenders that work in the process of `Peers`.
+    peers: contenders that work in processes of their own (see `Peers`).
     floors: work that no contender can undercut. A single one is called `floor`; `forward` and `gradient` are passes of one
     kind, `floor_passes` images each, from which the floor of a contender follows by the passes that it made of `networks`.
     reference: the row that ratios are to; the first one of rbkit where None. heading: of the column of what contenders
@@ -128,19 +128,21 @@ def measure(group: Group, peers: Peers, *, rounds: int) -> None:
 
     Every other round goes backwards, so that a machine that grows slower within a round is unfair to none.
     """
-    if group.peers:
-        peers.call(_receive, group.peers, group.networks)
     here = group.floors | group.contenders
-    for number in range(-2 * group.warm, min(rounds, group.rounds or rounds)):
-        watched = number == -1
-        for name in [*here, *group.peers][:: -1 if number % 2 else 1]:
-            if name in group.failed:
-                continue
-            if name in here:
-                turn = _turn(here[name], group.networks if watched else ())
-            else:
-                turn = peers.call(_peers_turn, name, watched)
-            _note(group, name, turn, counts=number >= 0)
+    with contextlib.ExitStack() as stack:
+        there = {name: stack.enter_context(peers.begin()) for name in group.peers}
+        for name, peer in there.items():
+            peer.call(_receive, group.peers[name], group.networks)
+        for number in range(-2 * group.warm, min(rounds, group.rounds or rounds)):
+            watched = number == -1
+            for name in [*here, *there][:: -1 if number % 2 else 1]:
+                if name in group.failed:
+                    continue
+                if name in here:
+                    turn = _turn(here[name], group.networks if watched else ())
+                else:
+                    turn = there[name].call(_peers_turn, watched)
+                _note(group, name, turn, counts=number >= 0)
 
 
 def _turn(work: Work, watched: tuple[nn.Module, ...]) -> Turn:
@@ -167,18 +169,18 @@ def _note(group: Group, name: str, turn: Turn, *, counts: bool) -> None:
         group.passes[name] = turn.passes
 
 
-_received: dict[str, Work] = {}  # in the process of the peers: their work in the group at hand
-_networks: list[nn.Module] = []  # and the networks whose passes are counted
+_received: list[
+    tuple[Work, tuple[nn.Module, ...]]
+] = []  # in the process of a peer: its work, and networks whose passes are counted
 
 
-def _receive(works: dict[str, Work], networks: tuple[nn.Module, ...]) -> None:
-    _received.clear()
-    _received.update(works)
-    _networks[:] = networks
+def _receive(work: Work, networks: tuple[nn.Module, ...]) -> None:
+    _received[:] = [(work, networks)]
 
 
-def _peers_turn(name: str, watched: bool) -> Turn:
-    return _turn(_received[name], tuple(_networks) if watched else ())
+def _peers_turn(watched: bool) -> Turn:
+    work, networks = _received[0]
+    return _turn(work, networks if watched else ())
 
 
 def floor_of(group: Group, name: str) -> list[float] | None:
@@ -249,12 +251,11 @@ def versions() -> str:
 
 
 def start() -> Peers:
-    """As many threads as the commands take, here and in the process of the peers; memory kept as the commands keep it, here."""
+    """As many threads as the commands take, here and in the processes of the peers; memory kept as the commands keep it, here."""
     threads = int(os.environ.get("RB_THREADS") or available_threads())
-    peers = Peers(threads=threads)
     keep_freed_memory()
     torch.set_num_threads(threads)
-    return peers
+    return Peers(threads=threads)
 
 
 def processor() -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from toys import C, H, K, N, Quadratic, W, convnet, evaluation, generator, images, linear, weights_of
 
-from rbkit.tools import random
+from rbkit.tools import attribution, random
 from rbkit.tools.attribution import OUTPUTS, Saliency
 from rbkit.tools.masking import blurred
 from rbkit.tools.models import Classifier
@@ -262,6 +262,20 @@ def test_a_map_depends_on_no_other_image(method):
     for row in (0, 4):
         alone = explained(model, x[row : row + 1], target=TARGET[row : row + 1], ids=IDS[row : row + 1], **spec)
         assert torch.equal(alone.attribution[0], whole[row])
+
+
+@pytest.mark.parametrize("method", ["ig", "smoothgrad", "shap"])
+def test_a_map_does_not_depend_on_how_many_blocks_are_drawn_for_at_once(method, monkeypatch):
+    net, asked = convnet(), {"method": method, "samples": 11, "steps": 10, "background": images(3, seed=8)}
+    whole = explained(net, **asked)
+    sizes, words = [], random.words
+    monkeypatch.setattr(attribution, "STRETCH", 1)
+    monkeypatch.setattr(random, "words", lambda ids, *a, **k: sizes.append(len(ids)) or words(ids, *a, **k))
+    parts = explained(net, **asked)
+    assert torch.equal(whole.attribution, parts.attribution)
+    if method == "shap":
+        assert torch.equal(whole.standard_error, parts.standard_error)
+        assert max(sizes) == 32  # so that memory does not grow with the samples
 
 
 @pytest.mark.parametrize("method", PIXELWISE)

@@ -94,7 +94,14 @@ def gradients(evaluation: Evaluation, images: Tensor, target: Tensor, output: st
     return torch.autograd.grad(total, images)[0], logits.detach()
 
 
-Point = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Point = Callable[..., tuple[Tensor, Tensor]]
+Draw = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+STRETCH = 256  # blocks that are drawn for at once: one by one each would wait for some hundred short operations
+
+
+def nothing(rows: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
+    """The draw of what is not random."""
+    return ()
 
 
 def accumulated(
@@ -105,30 +112,33 @@ def accumulated(
     *,
     points: int,
     point: Point,
+    draw: Draw = nothing,
     lanes: Lanes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over `points` of factor x gradient for each image, in blocks of (image, point) pairs.
 
-    point(rows, numbers) gives the images at which to differentiate (B, C, H, W) and the factors that broadcast to
-    them. Returns the sum (N, C, H, W) and the sum of squares of the pairs' totals, float64 (N,). Pairs are added one
-    by one in the order of their numbers, so that the result does not depend on where blocks begin.
+    point(rows, numbers, *drawn) gives the images at which to differentiate (B, C, H, W) and the factors that broadcast to
+    them; draw(rows, numbers) what is random about pairs, in tensors with a row for each, from which `point` makes what is
+    too large to be kept for many. Returns the sum (N, C, H, W) and the sum of squares of the pairs' totals, float64 (N,).
+    Pairs are added one by one in the order of their numbers, so that the result does not depend on where blocks begin.
     """
     block, pairs = evaluation.block, len(images) * points
     total = torch.zeros_like(images)
     square = torch.zeros(len(images), dtype=torch.float64, device=images.device)
 
-    def pair(start: int) -> tuple[Tensor, Tensor]:
-        index = torch.arange(start, start + block, device=images.device).clamp_max(pairs - 1)
-        return index // points, index % points
-
-    def look(start: int) -> Tensor:
-        rows, numbers = pair(start)
-        at, factor = point(rows, numbers)
+    def look(rows: Tensor, numbers: Tensor, *drawn: Tensor) -> Tensor:
+        at, factor = point(rows, numbers, *drawn)
         return factor * gradients(evaluation, at, target[rows], spec.output)[0]
 
-    starts = range(0, pairs, block)
-    for start, found in zip(starts, computed(look, [(s,) for s in starts], lanes=lanes), strict=True):
-        rows, real = pair(start)[0][: pairs - start], found[: pairs - start]
-        total.index_add_(0, rows, real)
-        square.index_add_(0, rows, real.sum((1, 2, 3), dtype=torch.float64) ** 2)
+    for first in range(0, pairs, STRETCH * block):
+        left = min(pairs - first, STRETCH * block)
+        padded = -(-left // block) * block
+        index = torch.arange(first, first + padded, device=images.device).clamp_max(pairs - 1)
+        stretch = index // points, index % points
+        blocks = list(zip(*(given.split(block) for given in (*stretch, *draw(*stretch))), strict=True))
+        for (rows, *_), found in zip(blocks, computed(look, blocks, lanes=lanes), strict=True):
+            rows, real = rows[:left], found[:left]
+            total.index_add_(0, rows, real)
+            square.index_add_(0, rows, real.sum((1, 2, 3), dtype=torch.float64) ** 2)
+            left -= block
     return total, square

@@ -85,14 +85,23 @@ def expected_gradients(
     if background is None or not len(background):
         raise ValueError("shap needs background images; try --background FILE")
 
-    def point(rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         chosen = random.integers(ids[rows], len(background), seed=spec.seed, purpose="shap background", draw=numbers)
-        alpha = random.uniform(ids[rows], (1,), seed=spec.seed, purpose="shap alpha", draw=numbers)[:, 0]
+        return chosen, random.uniform(ids[rows], (1,), seed=spec.seed, purpose="shap alpha", draw=numbers)[:, 0]
+
+    def point(rows: Tensor, numbers: Tensor, chosen: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         start, end = background.index_select(0, chosen), images.index_select(0, rows)
         return torch.lerp(start, end, per_row(alpha)), end - start
 
     total, square = accumulated(
-        evaluation, images, target, spec, points=spec.samples, point=point, lanes=evaluation.lanes_for(images)
+        evaluation,
+        images,
+        target,
+        spec,
+        points=spec.samples,
+        point=point,
+        draw=draw,
+        lanes=evaluation.lanes_for(images),
     )
     mean = total / spec.samples
     summed = mean.flatten(1).double().sum(1)

@@ -201,6 +201,11 @@ class Folder:
         """A folder in it."""
         return Folder(str(self.path / name), no_clobber=self.no_clobber)
 
+    def check(self) -> None:
+        """Refuse a folder that cannot be made or written to, before the work."""
+        place = next(path for path in (self.path, *self.path.parents) if path.exists())
+        check_writable(str(place / "figure"))
+
     def write(self, name: str, content: bytes) -> None:
         """Put a file there. Raises: Output."""
         with blame(Output, OSError):

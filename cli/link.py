@@ -77,6 +77,9 @@ def link(
     A table on a terminal, JSON lines in a pipe.
     """
     _output.refuse_taken(figures, no_clobber=no_clobber)
+    folder = None if figures is None else _output.Folder(figures, no_clobber=no_clobber)
+    if folder is not None:
+        folder.check()
     records, named = _gather(sources or ["-"], controls or [])
     found = _population(records, named, run, incomplete=allow_incomplete)
     picked = _chosen(found, robustness)
@@ -92,10 +95,9 @@ def link(
     about = summary(found, picked[0])
     rows = analyse(found, picked, seed=seed)
     curves = dose_responses(found, [*picked, *(t for t in targets if t not in picked)], seed=seed)
-    if figures is not None:
-        folder = _output.Folder(figures, no_clobber=no_clobber)
-        _draw(found, picked, rows, curves, folder, command=_command(sources, controls, robustness))
     _table.put([about, *rows, *curves], json_=json_, table=lambda _: _show(rows, curves))
+    if folder is not None:  # last: where figures cannot be written, the records are out
+        _draw(found, picked, rows, curves, folder, command=_command(sources, controls, robustness))
 
 
 # ------------------------------------------------------------------------------------------------------ reading

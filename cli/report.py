@@ -91,23 +91,26 @@ def report(
 ) -> None:
     """Write one self-contained page: the answer, figures, tables with intervals, and the commands that made them."""
     _output.refuse_taken(output, figures, no_clobber=no_clobber)
+    folder = None if figures is None else _output.Folder(figures, no_clobber=no_clobber)
+    if folder is not None:
+        folder.check()
     low, _, high = clean.partition(":")
     bounds = {
         "clean": (_values.number(low, option="--clean"), _values.number(high or "1", option="--clean")),
         "gap": gap,
     }
+    if output == "-" and sys.stdout.isatty():
+        raise Usage("a page is too long for a terminal; use -o report.html")
+    _output.check_writable(output)
     if table is not None and published is None:
         raise Usage("--table goes with --published FILE")
     study, said = Study(sources), note or ""
     numbers = [] if published is None else _published_page.read_published(published, table=table)
     compared = _compared(study, numbers, ours=ours, note=said) if numbers else []
     if table is None:
-        folder = None if figures is None else _output.Folder(figures, no_clobber=no_clobber)
         page = _page(study, title, bounds, folder, note=said, compared=compared)
     else:
         page = _framed(title, [*_noted(said), *compared])
-    if output == "-" and sys.stdout.isatty():
-        raise Usage("a page is too long for a terminal; use -o report.html")
     _output.write_file(output, page, no_clobber=no_clobber)
     if require:
         reasons = study.failings(bounds)

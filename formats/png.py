@@ -212,8 +212,11 @@ def read_many(file: BinaryIO, *, name: str, start: bytes, max_pixels: int = MAX_
     """PNG images back to back; `start` holds the first 8 bytes, already read."""
     for number in itertools.count(1):
         label = f"{name}: image {number}"
-        if start != SIGNATURE:
+        if start != SIGNATURE and number > 1:
             raise FormatError(f"{label}: {len(start)} bytes after the last image are no PNG")
+        if start != SIGNATURE:
+            found = f"starts with {start!r}" if start else "empty (0 bytes)"
+            raise FormatError(f"{name}: {found}, expected a PNG")
         yield read(file, name=label, max_pixels=max_pixels)
         start = _read_exactly(file, 8)
         if not start:

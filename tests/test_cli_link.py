@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import execute, shell
 
+from rbkit.cli import _output
 from rbkit.cli._errors import Input, Output, Usage
 from rbkit.cli.link import link
 from rbkit.formats.figures import command_of
@@ -137,9 +138,18 @@ def test_figures_are_the_same_every_time_and_in_three_forms(scores, tmp_path, ca
     assert (tmp_path / "a" / "scatter-alignment-ig.png").read_bytes().startswith(b"\x89PNG")
     drawn = tmp_path / "a" / "scatter-alignment-ig.svg"
     assert command_of(drawn.read_bytes()) == f"rb-link {' '.join(files)} --controls {control} --figures figures/"
-    blocked = write(tmp_path / "file", [])
+
+
+def test_records_are_not_lost_with_the_figures(scores, tmp_path, capfd, monkeypatch):
+    """A folder that cannot be made is told of before records are read; one that fails later fails behind the records."""
+    blocked = write(tmp_path / "file", []) / "x"
     with pytest.raises(Output, match="file"):
-        link(files, figures=str(blocked / "x"))
+        link([str(tmp_path / "none.jsonl")], figures=str(blocked))
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+    monkeypatch.setattr(_output.Folder, "check", lambda folder: None)
+    with pytest.raises(Output, match="file"):
+        link(sorted(map(str, scores.glob("eps*.jsonl"))), figures=str(blocked), json_=True)
+    assert capfd.readouterr().out.count('"kind":"verdict"') == 2
 
 
 BAD = [

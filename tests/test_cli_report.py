@@ -114,6 +114,14 @@ def test_only_records_make_a_report(tmp_path: Path) -> None:
     assert result.status == 3 and result.err.count("\n") == 1 and not (tmp_path / "r.html").exists()
 
 
+@pytest.mark.parametrize("option", [["-o", "none/page.html"], ["--figures", "file/x"]])
+def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path, option: list[str]) -> None:
+    write(tmp_path / "file", [])
+    result = execute("rb-report", tmp_path / "none.jsonl", option[0], tmp_path / option[1])
+    assert result.status == 4 and result.err.count("\n") == 1 and str(tmp_path / option[1].split("/")[0]) in result.err
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
 def test_flags_are_told_with_what_fires_first(tmp_path: Path) -> None:
     about = {"kind": "adversarial", "attack": "pgd", "norm": "l2", "eps": 0.5}
     flags = [

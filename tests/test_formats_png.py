@@ -232,7 +232,7 @@ def test_many_small_chunks_have_a_limit_together() -> None:
 def test_other_formats_named_png_are_refused(form: str, tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     Image.new("RGB", (3, 2)).save(path, form)
-    with pytest.raises(FormatError, match="no PNG"):
+    with pytest.raises(FormatError, match="expected a PNG"):
         png.open_picture(str(path))
 
 
@@ -299,6 +299,16 @@ def test_pictures_of_a_file_are_named_after_it() -> None:
     assert [i for c in chunks for i in c.arrays["id"].tolist()] == [path_id(name) for name in names]
     (alone,) = Reader(io.BytesIO(png.encode(pictures(1)[0])), name="in", path="a/b.png")
     assert decode_names(alone.arrays["name"]) == ["a/b.png"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"), [(b"", r"empty \(0 bytes\)"), (b"GIF89a, and more", "starts with b'GIF89a, '")]
+)
+def test_a_file_that_is_no_png_is_told_by_what_it_holds(tmp_path: Path, raw: bytes, words: str) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(raw)
+    with pytest.raises(FormatError, match=f"a.png: {words}, expected a PNG"):
+        png.open_picture(str(path))
 
 
 def test_pictures_of_other_sizes_and_what_is_no_picture_are_named() -> None:

@@ -29,7 +29,7 @@ class Peers:
     def begin(self) -> Peer:
         """A new process."""
         line, end = self.context.Pipe()
-        # No daemon, which could have no children, and the paper's trainer loads its data by some.
+        # No daemon, which could have no children: the paper's trainer loads its data by some.
         process = self.context.Process(target=_serve, args=(end, self.threads))
         process.start()
         end.close()
@@ -67,6 +67,7 @@ class Peer:
 def _serve(line: Connection, threads: int) -> None:
     """Answer calls until the other end is closed."""
     torch.set_num_threads(threads)
+    multiprocessing.set_start_method("fork", force=True)  # of its own children, as in a script
     while True:
         try:
             path = line.recv()

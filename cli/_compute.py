@@ -175,8 +175,10 @@ def load_model(path: str, *, archs: Sequence[str] | None, device: torch.device) 
 
 
 def _load_state(net: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    from rbkit.tools.weights import load
+
     try:
-        net.load_state_dict(state)
+        load(net, state)
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())[:300]) from None
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "ema", "model_ema", "state_dict_ema")
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # torchvision's heads that are for training alone
@@ -55,3 +58,13 @@ def strip_wrapping(saved: object, expected: dict[str, Tensor]) -> dict[str, Tens
     return {
         key: state.get(key, tensor).detach().to(tensor.dtype).contiguous().clone() for key, tensor in expected.items()
     }
+
+
+def load(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give `net` tensors that stand under its own keys, and say that they are of its version: torchvision's MNASNet takes no others.
+
+    Raises: RuntimeError where they do not fit.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = net.state_dict()._metadata  # type: ignore[attr-defined]
+    net.load_state_dict(versioned)

@@ -16,7 +16,8 @@ class DataSet:
 
     `fetch(indices)` gives arrays with one row per index: `image` uint8 or float32 (N, C, H, W), optional `label`
     int64, `mask`, `name`. `ids` int64 are stable identities. `lossy` marks pixels that passed through JPEG or the like.
-    `carved` tells that the source has no validation split of its own, so that one is carved from `train`.
+    `carved` tells that the source has no validation split of its own, so that one is carved from `train`; `unused` names what
+    else the source holds.
     """
 
     ids: np.ndarray
@@ -24,6 +25,7 @@ class DataSet:
     classes: list[str] | None = None
     lossy: bool = False
     carved: bool = False
+    unused: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:

@@ -8,6 +8,7 @@ import os
 import tokenize
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,4 +81,6 @@ def read(path: str | Path, *, layout: str | None = None) -> DataSet:
         raise FormatError(f"{shown}: labels are {label.dtype}, expected whole numbers")
     if image.dtype.kind == "f":
         image = image.astype(np.float32)
-    return in_memory(to_nchw(image, layout=layout, name=shown), None if label is None else label.reshape(-1))
+    found = in_memory(to_nchw(image, layout=layout, name=shown), None if label is None else label.reshape(-1))
+    taken = [next((key for key in group if key in keys), None) for group in (IMAGE_KEYS, LABEL_KEYS)]
+    return replace(found, unused=tuple(printable(key, limit=40) for key in keys if key not in taken))

@@ -31,6 +31,15 @@ def test_npz(tmp_path: Path) -> None:
     assert found["id"].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_arrays_of_an_archive_that_are_not_taken_are_told(tmp_path: Path) -> None:
+    """As a result of an attack beside its images, or training images beside those of the test."""
+    images = np.zeros((2, 1, 4, 6), np.uint8)
+    np.savez(tmp_path / "a.npz", x=images, adversarial=images, y=np.arange(2), x_train=images)
+    told = execute("rb-data", "npz", tmp_path / "a.npz").err
+    assert told == "rb-data: arrays that are not taken: adversarial, x_train\n"
+    assert execute("rb-data", "npz", tmp_path / "a.npz", "-q").err == ""
+
+
 def test_idx(tmp_path: Path) -> None:
     images = np.arange(4 * 5 * 7, dtype=np.uint8)
     (tmp_path / "i").write_bytes(bytes([0, 0, 8, 3]) + np.array([4, 5, 7], ">i4").tobytes() + images.tobytes())

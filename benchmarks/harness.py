@@ -169,9 +169,8 @@ def _note(group: Group, name: str, turn: Turn, *, counts: bool) -> None:
         group.passes[name] = turn.passes
 
 
-_received: list[
-    tuple[Work, tuple[nn.Module, ...]]
-] = []  # in the process of a peer: its work, and networks whose passes are counted
+# In the process of a peer: its work, and the networks whose passes are counted.
+_received: list[tuple[Work, tuple[nn.Module, ...]]] = []
 
 
 def _receive(work: Work, networks: tuple[nn.Module, ...]) -> None:

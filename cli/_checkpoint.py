@@ -111,16 +111,16 @@ def _tensors(state: State) -> dict[str, Tensor]:
 def _load(state: State, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
     import torch
 
-    from rbkit.tools.weights import load
+    from rbkit.tools.weights import load_weights
 
     device = state.classifier.mean.device
     groups: dict[str, dict[str, Tensor]] = {"net": {}, "optimiser": {}, "average": {}, "best": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = tensor.to(device)
-    load(state.classifier.net, groups["net"])
+    load_weights(state.classifier.net, groups["net"])
     if state.average is not None:
-        load(state.average.net, groups["average"])
+        load_weights(state.average.net, groups["average"])
     parameters = dict(state.classifier.named_parameters())
     for place, tensor in groups["optimiser"].items():
         key, _, name = place.partition(".")

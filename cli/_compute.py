@@ -175,10 +175,10 @@ def load_model(path: str, *, archs: Sequence[str] | None, device: torch.device) 
 
 
 def _load_state(net: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    from rbkit.tools.weights import load
+    from rbkit.tools.weights import load_weights
 
     try:
-        load(net, state)
+        load_weights(net, state)
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())[:300]) from None
 

@@ -11,7 +11,7 @@ from torch import nn
 from rbkit.tools.architectures import build, resnet8, resnet18
 from rbkit.tools.fake_relu import fake_last_relu
 from rbkit.tools.models import Classifier, Evaluation, check_logits, copied, in_blocks, padded
-from rbkit.tools.weights import load, strip_wrapping
+from rbkit.tools.weights import load_weights, strip_wrapping
 
 N, C, H, W, K = 5, 3, 8, 12, 4
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -558,10 +558,10 @@ def test_networks_that_ask_for_a_version_of_their_weights_take_bare_ones():
     """torchvision's mnasnet: tensors that come out of a file have none."""
     net, other = (build("torchvision:mnasnet0_5", num_classes=K) for _ in range(2))
     bare = {key: tensor.clone() for key, tensor in net.state_dict().items()}
-    load(other, bare)
+    load_weights(other, bare)
     assert all(torch.equal(tensor, bare[key]) for key, tensor in other.state_dict().items())
     with pytest.raises(RuntimeError, match="Missing key"):
-        load(other, dict(list(bare.items())[1:]))
+        load_weights(other, dict(list(bare.items())[1:]))
 
 
 @pytest.mark.parametrize(

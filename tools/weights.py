@@ -60,7 +60,7 @@ def strip_wrapping(saved: object, expected: dict[str, Tensor]) -> dict[str, Tens
     }
 
 
-def load(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_weights(net: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give `net` tensors that stand under its own keys, and say that they are of its version: torchvision's MNASNet takes no others.
 
     Raises: RuntimeError where they do not fit.

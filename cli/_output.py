@@ -211,3 +211,12 @@ class Folder:
         with blame(Output, OSError):
             self.path.mkdir(parents=True, exist_ok=True)
         write_file(str(self.path / name), content, no_clobber=self.no_clobber)
+
+
+def figures_folder(path: str | None, *, no_clobber: bool) -> Folder | None:
+    """The folder that figures go to, if any. Raises: Output, before the work, where it cannot be made or written to."""
+    if path is None:
+        return None
+    folder = Folder(path, no_clobber=no_clobber)
+    folder.check()
+    return folder

@@ -77,9 +77,7 @@ def link(
     A table on a terminal, JSON lines in a pipe.
     """
     _output.refuse_taken(figures, no_clobber=no_clobber)
-    folder = None if figures is None else _output.Folder(figures, no_clobber=no_clobber)
-    if folder is not None:
-        folder.check()
+    folder = _output.figures_folder(figures, no_clobber=no_clobber)
     records, named = _gather(sources or ["-"], controls or [])
     found = _population(records, named, run, incomplete=allow_incomplete)
     picked = _chosen(found, robustness)

@@ -91,9 +91,7 @@ def report(
 ) -> None:
     """Write one self-contained page: the answer, figures, tables with intervals, and the commands that made them."""
     _output.refuse_taken(output, figures, no_clobber=no_clobber)
-    folder = None if figures is None else _output.Folder(figures, no_clobber=no_clobber)
-    if folder is not None:
-        folder.check()
+    folder = _output.figures_folder(figures, no_clobber=no_clobber)
     low, _, high = clean.partition(":")
     bounds = {
         "clean": (_values.number(low, option="--clean"), _values.number(high or "1", option="--clean")),

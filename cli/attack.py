@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _attack_spec, _history, _input, _output, _values
+from rbkit.cli import _attack_rows, _attack_spec, _history, _input, _output, _values
 from rbkit.cli._app import program
+from rbkit.cli._attack_rows import Models
 from rbkit.cli._compute import Model, block_on, load_model, set_up, side_digest, to_tensor
-from rbkit.cli._errors import Input, Numbers, Usage
+from rbkit.cli._errors import Input, Usage
 from rbkit.cli._log import note
 from rbkit.cli._options import (
     DOCUMENT_LIMIT,
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from rbkit.formats.chunk import Chunk
     from rbkit.tools.attack import Attack
     from rbkit.tools.slots import Batch
-    from rbkit.tools.stages import Attacked
-
-Models = tuple[Model, Model | None]  # the attacked one, and the surrogate that images are made on
 
 
 def attack(
@@ -258,9 +255,9 @@ def _attack_stream(
         poll = _poll(_input.ReadAhead(_admitted(chunks, spec)), evaluation.device, options)
         results = stages.run(evaluation, spec, poll, refill=options["refill"], judge=judge, tf32=bool(options["tf32"]))
         for chunk, result in results:
-            _check_ball(chunk, result, spec)
-            arrays = {**chunk.arrays, **_columns(chunk, result)}
-            sink.write(arrays, _meta(chunk, spec, models, history), last=chunk.last)
+            _attack_rows.check_ball(chunk, result, spec)
+            arrays = {**chunk.arrays, **_attack_rows.columns(chunk, result)}
+            sink.write(arrays, _attack_rows.described(chunk, spec, models, history), last=chunk.last)
             progress.expect(None if options["shard"] else chunk.meta.get("total"))
             progress.advance(chunk.count)
 
@@ -278,7 +275,7 @@ def _labels_missed(stream: Iterator[Chunk], *, quiet: bool) -> Iterator[Chunk]:
 def _admitted(chunks: Iterable[Chunk], spec: Attack) -> Iterator[Chunk]:
     """The chunks that this attack may add to."""
     for chunk in chunks:
-        _check_earlier(chunk, spec)
+        _attack_rows.check_earlier(chunk, spec)
         yield chunk
 
 
@@ -327,68 +324,6 @@ def _poll(ahead: _input.ReadAhead, device: Any, options: dict[str, Any]) -> Call
         return Batch(to_tensor(chunk.arrays["id"], device), clean, context, tag=chunk)
 
     return poll
-
-
-def _check_earlier(chunk: Chunk, spec: Attack) -> None:
-    """A second attack on an attacked stream adds to it, within the same ball."""
-    earlier = chunk.meta.get("attack")
-    if "adversarial" in chunk.arrays and earlier is None:
-        raise Usage(f"{chunk.place}: already attacked by another tool, ball unknown; attack its images instead")
-    if earlier is not None and (earlier.get("norm"), earlier.get("eps")) != (spec.norm, spec.eps):
-        raise Usage(
-            f"{chunk.place}: already attacked at {earlier.get('norm')} {earlier.get('eps')}, not {spec.norm} {spec.eps}; "
-            "use the same norm and eps to add to it"
-        )
-
-
-def _check_ball(chunk: Chunk, result: Attacked, spec: Attack) -> None:
-    """Nothing leaves that is not within the ball, whatever the model made of the attack. Raises: Numbers."""
-    from rbkit.tools.examples import as_float
-    from rbkit.tools.quantise import leaves_ball
-
-    images = result.outcome.images
-    clean = as_float(to_tensor(chunk.arrays["image"], images.device))
-    outside = leaves_ball(images, clean, norm=spec.norm, eps=spec.eps)
-    if outside.any():
-        ids = chunk.arrays["id"][outside.cpu().numpy()].tolist()
-        raise Numbers(
-            f"{chunk.place}: {len(ids)} of {chunk.count} adversarial images left the {spec.norm} ball of {spec.eps} or "
-            f"are not finite, first id {ids[0]}; look at the model by rb-score --flags"
-        )
-
-
-def _columns(chunk: Chunk, result: Attacked) -> dict[str, Any]:
-    """The tensors that the attack adds; the cost adds to that of an earlier attack."""
-    import numpy as np
-
-    outcome = result.outcome
-    added = {
-        "adversarial": outcome.images.cpu().numpy(),
-        "success": result.success.cpu().numpy().astype("uint8"),
-        "forwards": outcome.forwards.cpu().numpy(),
-        "backwards": outcome.backwards.cpu().numpy(),
-        "zero_gradients": outcome.zero_gradients.cpu().numpy(),
-    }
-    for name in ("forwards", "backwards", "zero_gradients"):
-        if name in chunk.arrays:
-            added[name] = added[name] + chunk.arrays[name]
-    if result.target is not None:
-        added["attack_target"] = result.target.cpu().numpy()
-    if result.distance is not None:
-        distance = result.distance.cpu().numpy()
-        added["distance"] = np.minimum(distance, chunk.arrays.get("distance", distance)).astype("float32")
-    return added
-
-
-def _meta(chunk: Chunk, spec: Attack, models: Models, history: dict[str, Any]) -> dict[str, Any]:
-    victim, surrogate = models
-    described = {key: value for key, value in asdict(spec).items() if value is not None} | {"model": victim.sha}
-    if surrogate is not None:
-        described["surrogate"] = surrogate.sha
-    earlier = chunk.meta.get("attack")
-    if earlier is not None:
-        described["name"] = f"{earlier['name']}+{spec.name}"
-    return _history.passed_on(chunk.meta, history) | {"kind": "adversarial", "attack": described}
 
 
 main = program("rb-attack", attack)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _history, _input, _output, _values
+from rbkit.cli import _history, _input, _invert_spec, _output, _values
 from rbkit.cli._app import program
 from rbkit.cli._compute import Model, block_on, load_model, set_up, side_digest, to_tensor
 from rbkit.cli._errors import Input, Usage, blame
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from rbkit.tools.invert import Inversion
     from rbkit.tools.models import Evaluation
 
-MODES = ("representation", "class", "feature")
-OPTIMIZERS = ("normalised", "plain", "adam")
-STARTS = ("noise", "mean", "seeds", "image")
-KEEPS = ("best", "batch", "last")
 TOP = 3
 
 
@@ -50,14 +46,16 @@ def invert(
     mode: Annotated[
         str,
         typer.Option(
-            "--mode", metavar="|".join(MODES), help="Invert representations, make class images, or excite units."
+            "--mode",
+            metavar="|".join(_invert_spec.MODES),
+            help="Invert representations, make class images, or excite units.",
         ),
     ] = "representation",
     start: Annotated[
         str | None,
         typer.Option(
             "--start",
-            metavar="|".join(STARTS),
+            metavar="|".join(_invert_spec.STARTS),
             help="First iterate: grey noise, mean colour, a draw of --seeds-from, or another image (--start-from).",
             show_default=False,
         ),
@@ -100,7 +98,9 @@ def invert(
     optimizer: Annotated[
         str,
         typer.Option(
-            "--optimizer", metavar="|".join(OPTIMIZERS), help="Steps of one L2 length, along the gradient, or by Adam."
+            "--optimizer",
+            metavar="|".join(_invert_spec.OPTIMIZERS),
+            help="Steps of one L2 length, along the gradient, or by Adam.",
         ),
     ] = "normalised",
     step_size: Annotated[
@@ -121,7 +121,7 @@ def invert(
         str,
         typer.Option(
             "--keep",
-            metavar="|".join(KEEPS),
+            metavar="|".join(_invert_spec.KEEPS),
             help="The best iterate of each example, that of the best mean over the block, as the paper does for class images, or the last.",
         ),
     ] = "best",
@@ -158,8 +158,8 @@ def invert(
     """
     options = dict(locals())
     _output.refuse_taken(output, no_clobber=no_clobber)
-    options = _filled(options)
-    spec = _spec(options)
+    options = _invert_spec.filled(options)
+    spec = _invert_spec.spec(options)
     _output.refuse_same_file(source, output)
     part = _values.shard(shard)
     place = set_up(device, threads)
@@ -185,40 +185,6 @@ def invert(
         for chunk in rows:
             arrays = _invert_chunk(options, spec, evaluation, side, chunk)
             sink.write(arrays, _meta(chunk.meta, spec, options, subject, entry), last=chunk.last)
-
-
-def _filled(options: dict[str, Any]) -> dict[str, Any]:
-    """The options, checked, with the defaults that follow from others."""
-    from rbkit.tools.invert import STEP_SIZES
-
-    _values.choices(
-        options, optimizer=OPTIMIZERS, keep=KEEPS, last_iterate=_values.LAST_ITERATES, mode=MODES, objective=("ce", "logit")
-    )  # fmt: skip
-    _values.block(options["block"])
-    size = str(STEP_SIZES[options["optimizer"]]) if options["step_size"] is None else options["step_size"]
-    usual = "image" if options["start_from"] else "seeds" if options["seeds_from"] else "noise"
-    start = usual if options["start"] is None else options["start"]
-    _values.choice(start, STARTS, option="--start")
-    if (start == "image") != (options["start_from"] is not None):
-        raise Usage("--start image and --start-from FILE go together")
-    if (start == "seeds") != (options["seeds_from"] is not None) or (start == "seeds" and options["mode"] != "class"):
-        raise Usage("--start seeds and --seeds-from FILE go together, with --mode class")
-    if options["layer"] is not None and options["mode"] == "class":
-        raise Usage("--layer goes with --mode representation or feature; class images are made by the output")
-    return {**options, "step_size": size, "start": start}
-
-
-def _spec(options: dict[str, Any]) -> Inversion:
-    """What is asked for, as the tool takes it."""
-    from rbkit.tools.invert import Inversion
-
-    return Inversion(
-        options["mode"], layer=options["layer"], steps=options["steps"],
-        step_size=_values.number(options["step_size"], option="--step-size"), eps=_values.number(options["eps"], option="--eps"),
-        restarts=options["restarts"], objective=options["objective"], fake_relu=options["fake_relu"], seed=options["seed"],
-        optimizer=options["optimizer"], tv=_values.number(options["tv"], option="--tv"),
-        keep=options["keep"], last_iterate=options["last_iterate"],
-    )  # fmt: skip
 
 
 class _Side:

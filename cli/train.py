@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbkit.cli import _checkpoint, _examples, _history, _input, _output, _ranks, _train_recipe
+from rbkit.cli import _checkpoint, _examples, _output, _ranks, _train_output, _train_recipe
 from rbkit.cli._app import program
 from rbkit.cli._compute import load_model, set_up
-from rbkit.cli._errors import Input, Numbers, Output, Stopped, Usage, blame
+from rbkit.cli._errors import Input, Numbers, Stopped, Usage, blame
 from rbkit.cli._log import note
 from rbkit.cli._options import (
     DOCUMENT_LIMIT,
@@ -29,7 +28,6 @@ from rbkit.cli._options import (
 from rbkit.cli._options import Output as OutputFile
 from rbkit.cli._progress import Progress
 from rbkit.cli._watch import Watch, pace
-from rbkit.formats.errors import FormatError
 
 if TYPE_CHECKING:
     import torch
@@ -260,14 +258,14 @@ def train(
 def _train(options: dict[str, Any], recipe: Recipe, every: tuple[int, float], ranks: Ranks) -> None:
     """What each process does."""
     if ranks.index == 0:
-        _check_outputs(options)
+        _train_output.check(options)
     place = _ranks.own_device(set_up(options["device"], options["threads"] or _ranks.threads()))
     data, meta = _examples.read(options["source"], options["max_document"], place, ranks)
     training, held_out = _examples.hold_out(options, data, place, ranks)
     options["val"] = options["val"] if _examples.is_share(options["val"]) else None
     path = None if options["output"] == "-" else f"{options['output']}.ckpt"
     job = _checkpoint.Job(options, recipe, data, path=path)
-    if ranks.largest(options["resume"] and _finished(options["output"], job)):
+    if ranks.largest(options["resume"] and _train_output.finished(options["output"], job)):
         return
     if options["resume"]:  # whose log is the one that goes on
         _output.refuse_taken(options["output"], options["last"], no_clobber=options["no_clobber"])
@@ -275,29 +273,7 @@ def _train(options: dict[str, Any], recipe: Recipe, every: tuple[int, float], ra
     _checkpoint.share(state, ranks)
     _run(options, state, training, held_out, recipe, Watch(job, every=every, ranks=ranks))
     if ranks.index == 0:
-        _write(options, recipe, state, meta, data, job)
-
-
-def _check_outputs(options: dict[str, Any]) -> None:
-    """Refuse now what could not be written after hours of training."""
-    output, last, log = (options[name] for name in ("output", "last", "log"))
-    if not options["resume"]:
-        _output.refuse_taken(output, last, log, no_clobber=options["no_clobber"])
-    for path in (output, last):
-        if path is not None and (path.endswith("/") or path.lower().endswith(".png")):
-            raise Usage(f"{path}: a model is no picture; write it to .safetensors")
-    for path in (output, last, log):
-        if path is not None and (path != "-" or path == output):
-            _output.check_writable(path)
-
-
-def _finished(output: str, job: _checkpoint.Job) -> bool:
-    """Whether the output of this very job is already there."""
-    if output == "-" or not Path(output).exists():
-        return False
-    with blame(Input, FormatError, OSError):
-        found = next(iter(_input.reader(output))).meta
-    return found.get("kind") == "model" and found.get("job") == job.digest
+        _train_output.write(options, recipe, state, meta, data, job)
 
 
 def _begin(
@@ -365,51 +341,12 @@ def _run(
             progress.advance(0, note=_summary(record))
             watch.save(state)
             if options["log"] is not None:
-                _write_log(options["log"], state)
+                _train_output.write_log(options["log"], state)
 
 
 def _summary(record: dict[str, Any]) -> str:
     names = {"train_loss": "loss", "val_accuracy": "val", "val_robust_accuracy": "robust"}
     return " ".join(f"{short} {record[name]:.3f}" for name, short in names.items() if name in record)
-
-
-def _write_log(path: str, state: State) -> None:
-    from rbkit.formats.document import canonical
-
-    _output.write_file(path, "".join(canonical(record) + "\n" for record in state.records).encode())
-
-
-def _write(
-    options: dict[str, Any], recipe: Recipe, state: State, meta: dict[str, Any], data: Data, job: _checkpoint.Job
-) -> None:
-    """The kept models, then the checkpoint goes."""
-    entry = _history.entry(
-        "rb-train", {**options, "method": recipe.method, "steps": recipe.steps, "step_size": recipe.step_size}
-    )
-    if options["init"] is not None:
-        from rbkit.cli._compute import side_digest
-
-        entry = {**entry, "inputs": {"init": side_digest(options["init"])}}
-    net = state.subject.net
-    best = state.best_weights if state.best_weights and recipe.select != "last" else state.weights()
-    described: dict[str, Any] = {
-        "kind": "model", "arch": options["arch"], "width": options["width"], "num_classes": _examples.class_count(data, meta),
-        "classes": meta.get("classes"), "input": list(data.image.shape[1:]), "first": 0,
-        "mean": state.classifier.mean.flatten().tolist(), "std": state.classifier.std.flatten().tolist(),
-        "recipe": recipe.recorded(), "job": job.digest, "epochs": [r for r in state.records if r["event"] == "epoch"],
-        "history": _history.extended(meta.get("history") or [], entry),
-    }  # fmt: skip
-    outputs = [(options["output"], best, state.best_epoch)]
-    if options["last"] is not None:
-        outputs.append((options["last"], net.state_dict(), state.epoch))
-    for path, weights, epoch in reversed(outputs):
-        with _output.Sink(path, no_history=options["no_history"], no_clobber=options["no_clobber"]) as sink:
-            arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in weights.items()}
-            sink.write(arrays, {**described, "epoch": epoch}, last=True)
-    if options["log"] is not None:
-        _write_log(options["log"], state)
-    with blame(Output, OSError):
-        job.remove()
 
 
 main = program("rb-train", train, alone=True, resumable=True)

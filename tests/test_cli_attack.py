@@ -12,8 +12,8 @@ import torch
 from conftest import execute
 from safetensors import numpy as st
 
+from rbkit.cli._attack_rows import check_ball
 from rbkit.cli._errors import Numbers
-from rbkit.cli.attack import _check_ball
 from rbkit.tools.attack import ATTACKS
 
 
@@ -130,10 +130,10 @@ def test_what_left_its_ball_is_not_written(norm: str) -> None:
     for wrong in (0.2, float("nan")):
         images = torch.from_numpy(clean.copy())
         images[:, 0, 0, 0] += 0.1
-        _check_ball(chunk, SimpleNamespace(outcome=SimpleNamespace(images=images)), spec)  # type: ignore[arg-type]
+        check_ball(chunk, SimpleNamespace(outcome=SimpleNamespace(images=images)), spec)  # type: ignore[arg-type]
         images[1, 0, 0, 0] = 0.5 + wrong
         with pytest.raises(Numbers, match=f"1 of 3 adversarial images left the {norm} ball of 0.1 .* first id 6;"):
-            _check_ball(chunk, SimpleNamespace(outcome=SimpleNamespace(images=images)), spec)  # type: ignore[arg-type]
+            check_ball(chunk, SimpleNamespace(outcome=SimpleNamespace(images=images)), spec)  # type: ignore[arg-type]
 
 
 def test_tf32_is_recorded_and_changes_nothing_on_a_cpu(stream_file: Path, model_file: Path, tmp_path: Path) -> None:

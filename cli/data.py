@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rbkit.formats.dataset import DataSet
 
 SOURCES = ("shapes", "fashion-mnist", "cifar10", "imagenet-subset", "folder", "png", "npz", "idx")
-SPLITS = ("train", "val", "test", "trainval")
+SPLITS = ("train", "val", "test", "trainval", "all")
 FOLDERS = ("imagenet-subset", "folder")  # DIR may be a path or --root
 TAKES = {  # options that not every source has, and those that have them
     "classes": ("imagenet-subset",),
@@ -47,7 +47,12 @@ def data(
         ),
     ] = None,
     split: Annotated[
-        str, typer.Option("--split", metavar="|".join(SPLITS), help="train and val share one source and no row.")
+        str,
+        typer.Option(
+            "--split",
+            metavar="|".join(SPLITS),
+            help="train and val share one source and no row; all: DIR/CLASS/PICTURE.",
+        ),
     ] = "test",
     n: Annotated[
         int | None,
@@ -181,6 +186,8 @@ def data(
 def _check_options(options: dict[str, Any]) -> None:
     kind, paths = _values.choice(options["kind"], SOURCES, option="SOURCE"), options["paths"] or []
     _values.choices(options, split=SPLITS, layout=("nchw", "nhwc"))
+    if options["split"] == "all" and kind != "folder":
+        raise Usage(f"--split all goes with folder, not with {kind}")
     if options["grey"] and options["rgb"]:
         raise Usage("--grey and --rgb exclude each other")
     for name, takers in TAKES.items():

@@ -18,6 +18,7 @@ from rbkit.formats.names import encode_names, path_ids
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
 LOSSY = (".jpg", ".jpeg", ".webp")
 FORMATS = ["PNG", "JPEG", "BMP", "WEBP", "PPM"]
+SPLITS = ("train", "val", "test")
 
 
 def fit(image: Any, size: int | None) -> Any:
@@ -109,9 +110,19 @@ def files(
     return DataSet(ids, fetch, classes, lossy=lossy, carved=carved)
 
 
+def _hidden(path: Path, folder: Path) -> bool:
+    """Whether a shell's * would pass over it: thumbnails, and what notebooks and other systems leave, are no classes or pictures."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def _pictures(folder: Path) -> list[Path]:
-    found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+    found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not _hidden(p, folder) and p.is_file()]
     return sorted(found, key=lambda p: os.fsencode(p))
+
+
+def _folders(folder: Path) -> list[str]:
+    """Sorted names of the folders in one."""
+    return sorted((p.name for p in folder.iterdir() if p.is_dir() and not _hidden(p, folder)), key=os.fsencode)
 
 
 def class_root(root: Path) -> Path:
@@ -124,7 +135,7 @@ def class_folders(root: Path) -> list[str]:
     shown = printable(os.fspath(root), limit=200)
     if not root.is_dir():
         raise FormatError(f"{shown}: no folder; expected CLASS/PICTURE or train/CLASS/PICTURE in it")
-    names = sorted((p.name for p in root.iterdir() if p.is_dir()), key=os.fsencode)
+    names = _folders(root)
     if not names:
         raise FormatError(f"{shown}: no class folders; expected CLASS/PICTURE or train/CLASS/PICTURE")
     return names
@@ -144,36 +155,55 @@ def digest_line(root: Path, name: str) -> bytes:
     return (b"\\" if escaped != raw else b"") + digest.encode() + b"  " + escaped + b"\n"
 
 
+def _places(root: Path, split: str, *, carved: bool) -> list[Path]:
+    """The folders of class folders that a split of ROOT is read from. Raises: FormatError where one is not there."""
+    shown = printable(os.fspath(root), limit=200)
+    if split == "all":
+        splits = [name for name in SPLITS if (root / name).is_dir() and _folders(root / name)]
+        if splits:
+            raise FormatError(
+                f"{shown}: has splits ({', '.join(splits)}), expected CLASS/PICTURE in it; try --split {splits[0]}"
+            )
+        return [root]
+    if carved and split in ("val", "trainval"):
+        names = ["train"]
+    else:
+        names = ["train", "val"] if split == "trainval" else [split]
+    for name in names:
+        if not (root / name).is_dir():
+            raise FormatError(
+                f"{shown}: no folder {name!r}; expected SPLIT/CLASS/PICTURE in it; try another --split, or --split all for CLASS/PICTURE"
+            )
+    return [root / name for name in names]
+
+
+def _labelled(place: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
+    """The pictures of PLACE/CLASS and the numbers of their classes. Raises: FormatError for folders that are no class."""
+    strange = [name for name in _folders(place) if name not in classes]
+    if not classes or strange:
+        what = f"class folders {strange[:3]} that train lacks" if strange else "no class folders"
+        raise FormatError(f"{printable(os.fspath(place), limit=200)}: {what}")
+    found = [_pictures(place / name) if (place / name).is_dir() else [] for name in classes]
+    return [path for paths in found for path in paths], [label for label, paths in enumerate(found) for _ in paths]
+
+
 def image_folder(
     root: Path, *, split: str, size: int | None = None, channels: int | None = None, max_pixels: int = png.MAX_PIXELS
 ) -> DataSet:
     """ROOT/SPLIT/CLASS/*.png|jpg|...: classes are the sorted folder names of `train`, so that splits agree.
 
-    `val` is a folder of its own or, where there is none, carved from `train` by the caller.
+    `val` is a folder of its own or, where there is none, carved from `train` by the caller. `all` is ROOT/CLASS/*, without splits.
     Raises: FormatError (no such split, no class folders, no pictures), OSError.
     """
     carved = not (root / "val").is_dir()
-    folder = root / ("train" if split in ("val", "trainval") and carved else split)
-    if not folder.is_dir():
-        raise FormatError(
-            f"{printable(os.fspath(root), limit=200)}: no folder {folder.name!r}; expected SPLIT/CLASS/PICTURE in it; "
-            f"try --split, or move its class folders into {folder.name}/"
-        )
-    base = root / "train" if (root / "train").is_dir() else folder
-    classes = sorted(p.name for p in base.iterdir() if p.is_dir())
-    strange = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in classes)
-    if not classes or strange:
-        what = f"class folders {strange[:3]} that train lacks" if strange else "no class folders"
-        raise FormatError(f"{printable(os.fspath(folder), limit=200)}: {what}")
-    paths, labels = [], []
-    for number, name in enumerate(classes):
-        found = _pictures(folder / name) if (folder / name).is_dir() else []
-        paths += found
-        labels += [number] * len(found)
+    places = _places(root, split, carved=carved)
+    classes = _folders(root / "train" if split != "all" and (root / "train").is_dir() else places[0])
+    parts = [_labelled(place, classes) for place in places]
+    paths, labels = ([item for part in parts for item in part[which]] for which in (0, 1))
     if not paths:
-        raise FormatError(f"{printable(os.fspath(folder), limit=200)}: no pictures ({', '.join(SUFFIXES)})")
+        raise FormatError(f"{printable(os.fspath(places[0]), limit=200)}: no pictures ({', '.join(SUFFIXES)})")
     names = [os.fspath(p.relative_to(root)) for p in paths]
     return files(
         paths, names, labels=np.array(labels, np.int64), classes=classes, size=size, channels=channels,
-        max_pixels=max_pixels, carved=carved,
+        max_pixels=max_pixels, carved=carved and split != "all",
     )  # fmt: skip

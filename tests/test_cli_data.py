@@ -145,7 +145,7 @@ def test_train_and_val_share_no_row(tmp_path: Path) -> None:
     "argv",
     [
         ("shapes", "--grey"), ("shapes", "--rgb"), ("fashion-mnist", "--size", 32), ("cifar10", "--root", "x", "--label", 0),
-        ("folder", "x", "--layout", "nchw"), ("npz", "x", "--size", 8), ("idx", "x", "--label", 0),
+        ("folder", "x", "--layout", "nchw"), ("cifar10", "--root", "x", "--split", "all"), ("npz", "x", "--size", 8), ("idx", "x", "--label", 0),
     ],
 )  # fmt: skip
 def test_options_of_other_sources_are_refused(argv: tuple[object, ...], tmp_path: Path) -> None:

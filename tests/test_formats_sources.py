@@ -284,10 +284,41 @@ def test_validation_is_carved_only_where_it_has_no_folder(zoo: Path) -> None:
     assert not data.carved and data.count == 1
 
 
+def test_trainval_is_both_also_where_val_has_a_folder(zoo: Path) -> None:
+    assert folder.image_folder(zoo, split="trainval").count == 3
+    paint(zoo / "val" / "cat" / "v.png", 60)
+    both = folder.image_folder(zoo, split="trainval")
+    parts = [set(folder.image_folder(zoo, split=split).ids.tolist()) for split in ("train", "val")]
+    assert set(both.ids.tolist()) == parts[0] | parts[1] and both.count == 4
+    assert both.fetch(np.arange(4))["label"].tolist() == [0, 1, 1, 0]
+
+
+def test_class_folders_without_splits_are_one_whole(zoo: Path) -> None:
+    data = folder.image_folder(zoo / "train", split="all")
+    assert data.classes == ["cat", "dog"] and not data.carved
+    assert decode_names(data.fetch(np.arange(3))["name"]) == ["cat/deep/z.bmp", "dog/a.PNG", "dog/b.png"]
+    with pytest.raises(
+        FormatError, match=r"has splits \(train, test\), expected CLASS/PICTURE in it; try --split train"
+    ):
+        folder.image_folder(zoo, split="all")
+    paint(zoo / "train" / "train" / "engine.png", 5)  # a class may be called so
+    assert folder.image_folder(zoo / "train", split="all").classes == ["cat", "dog", "train"]
+
+
+def test_hidden_names_are_neither_classes_nor_pictures(zoo: Path) -> None:
+    """What notebooks and other systems leave would move the number of every class."""
+    paint(zoo / "train" / ".ipynb_checkpoints" / "a.png", 1)
+    paint(zoo / "train" / "cat" / ".thumbnails" / "z.png", 1)
+    (zoo / "train" / "cat" / "._z.png").write_bytes(b"no picture")
+    data = folder.image_folder(zoo, split="train")
+    assert data.classes == ["cat", "dog"] and data.count == 3
+    assert folder.class_folders(zoo / "train") == ["cat", "dog"]
+
+
 def test_bad_folders_are_refused(zoo: Path, tmp_path: Path) -> None:
     with pytest.raises(
         FormatError,
-        match="no folder 'extra'; expected SPLIT/CLASS/PICTURE in it; try --split, or move its class folders into extra/",
+        match="no folder 'extra'; expected SPLIT/CLASS/PICTURE in it; try another --split, or --split all for CLASS/PICTURE",
     ):
         folder.image_folder(zoo, split="extra")
     paint(zoo / "test" / "emu" / "e.png", 0)

@@ -1,6 +1,6 @@
 # fish completion of rb-data; made by man/make.py
 complete -c rb-data -n '__fish_is_first_arg' -a 'shapes fashion-mnist cifar10 imagenet-subset folder png npz idx'
-complete -c rb-data -l split -x -a 'train val test trainval' -d 'train and val share one source and no row.'
+complete -c rb-data -l split -x -a 'train val test trainval all' -d 'train and val share one source and no row; all: DIR/CLASS/PICTURE.'
 complete -c rb-data -l n -x -d 'A seeded sample of N rows in index order; default all (shapes: 1000).'
 complete -c rb-data -l seed -x -d 'Seed of every random number.'
 complete -c rb-data -l root -r -d 'Where the files of the data set are.'

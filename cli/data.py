@@ -175,7 +175,7 @@ def data(
         note("rb-data", "the pictures are lossy (JPEG or WebP); recorded as such")
     if source.unused and not quiet:
         more = ", …" if len(source.unused) > 4 else ""
-        note("rb-data", f"arrays that are not taken: {', '.join(source.unused[:4])}{more}")
+        note("rb-data", f"not taken: {', '.join(source.unused[:4])}{more}")
     listed = None if manifest is None else _sources.Manifest(manifest, options)
     with _output.Sink(output, no_history=no_history, no_clobber=no_clobber) as sink:
         _write(sink, source, rows, meta, part, listed)

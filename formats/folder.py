@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +117,24 @@ def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _pictures(folder: Path) -> list[Path]:
-    found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not _hidden(p, folder) and p.is_file()]
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder, but for hidden ones, in the order of their names."""
+    found = [p for p in folder.rglob("*") if not _hidden(p, folder) and p.is_file()]
     return sorted(found, key=lambda p: os.fsencode(p))
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return [path for path in _files(folder) if _is_picture(path)]
+
+
+def _others(files: Iterable[Path]) -> tuple[str, ...]:
+    """What files that are no pictures end in, and how many do so."""
+    endings = Counter(printable(p.suffix.lower() or p.name, limit=40) for p in files if not _is_picture(p))
+    return tuple(f"{ending} ({count} {'file' if count == 1 else 'files'})" for ending, count in sorted(endings.items()))
 
 
 def _folders(folder: Path) -> list[str]:
@@ -177,14 +194,14 @@ def _places(root: Path, split: str, *, carved: bool) -> list[Path]:
     return [root / name for name in names]
 
 
-def _labelled(place: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
-    """The pictures of PLACE/CLASS and the numbers of their classes. Raises: FormatError for folders that are no class."""
+def _labelled(place: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """The files of PLACE/CLASS, each with the number of its class. Raises: FormatError for folders that are no class."""
     strange = [name for name in _folders(place) if name not in classes]
     if not classes or strange:
         what = f"class folders {strange[:3]} that train lacks" if strange else "no class folders"
         raise FormatError(f"{printable(os.fspath(place), limit=200)}: {what}")
-    found = [_pictures(place / name) if (place / name).is_dir() else [] for name in classes]
-    return [path for paths in found for path in paths], [label for label, paths in enumerate(found) for _ in paths]
+    folders = [(place / name, label) for label, name in enumerate(classes) if (place / name).is_dir()]
+    return [(path, label) for folder, label in folders for path in _files(folder)]
 
 
 def image_folder(
@@ -198,12 +215,14 @@ def image_folder(
     carved = not (root / "val").is_dir()
     places = _places(root, split, carved=carved)
     classes = _folders(root / "train" if split != "all" and (root / "train").is_dir() else places[0])
-    parts = [_labelled(place, classes) for place in places]
-    paths, labels = ([item for part in parts for item in part[which]] for which in (0, 1))
-    if not paths:
+    found = [pair for place in places for pair in _labelled(place, classes)]
+    pictures = [(path, label) for path, label in found if _is_picture(path)]
+    if not pictures:
         raise FormatError(f"{printable(os.fspath(places[0]), limit=200)}: no pictures ({', '.join(SUFFIXES)})")
-    names = [os.fspath(p.relative_to(root)) for p in paths]
-    return files(
-        paths, names, labels=np.array(labels, np.int64), classes=classes, size=size, channels=channels,
-        max_pixels=max_pixels, carved=carved and split != "all",
+    paths, labels = [path for path, _ in pictures], np.array([label for _, label in pictures], np.int64)
+    names = [os.fspath(path.relative_to(root)) for path in paths]
+    data = files(
+        paths, names, labels=labels, classes=classes, size=size, channels=channels, max_pixels=max_pixels,
+        carved=carved and split != "all",
     )  # fmt: skip
+    return replace(data, unused=_others(path for path, _ in found))

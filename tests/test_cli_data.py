@@ -36,7 +36,7 @@ def test_arrays_of_an_archive_that_are_not_taken_are_told(tmp_path: Path) -> Non
     images = np.zeros((2, 1, 4, 6), np.uint8)
     np.savez(tmp_path / "a.npz", x=images, adversarial=images, y=np.arange(2), x_train=images)
     told = execute("rb-data", "npz", tmp_path / "a.npz").err
-    assert told == "rb-data: arrays that are not taken: adversarial, x_train\n"
+    assert told == "rb-data: not taken: adversarial, x_train\n"
     assert execute("rb-data", "npz", tmp_path / "a.npz", "-q").err == ""
 
 

@@ -265,6 +265,7 @@ def test_folders_give_labels_names_and_stable_ids(zoo: Path) -> None:
     assert rows["label"].tolist() == [0, 1, 1] and data.classes == ["cat", "dog"]
     assert rows["image"][:, 0, 0, 0].tolist() == [30, 20, 10] and rows["image"].shape == (3, 3, 4, 5)
     assert data.ids.tolist() == [path_id(n) for n in names] and data.carved and not data.lossy
+    assert data.unused == (".txt (1 file)",)
     paint(zoo / "train" / "cat" / "a.png", 1)
     assert set(data.ids.tolist()) < set(folder.image_folder(zoo, split="train").ids.tolist())
     assert folder.image_folder(zoo, split="test").fetch(np.array([1]))["label"].tolist() == [1]
@@ -311,7 +312,7 @@ def test_hidden_names_are_neither_classes_nor_pictures(zoo: Path) -> None:
     paint(zoo / "train" / "cat" / ".thumbnails" / "z.png", 1)
     (zoo / "train" / "cat" / "._z.png").write_bytes(b"no picture")
     data = folder.image_folder(zoo, split="train")
-    assert data.classes == ["cat", "dog"] and data.count == 3
+    assert data.classes == ["cat", "dog"] and data.count == 3 and data.unused == (".txt (1 file)",)
     assert folder.class_folders(zoo / "train") == ["cat", "dog"]
 
 

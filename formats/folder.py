@@ -112,15 +112,22 @@ def files(
     return DataSet(ids, fetch, classes, lossy=lossy, carved=carved)
 
 
-def _hidden(path: Path, folder: Path) -> bool:
-    """Whether a shell's * would pass over it: thumbnails, and what notebooks and other systems leave, are no classes or pictures."""
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _shown(names: Iterable[str]) -> list[str]:
+    """Names that a shell's * matches: what notebooks and other systems hide in a folder is no class and no picture."""
+    return [name for name in names if not name.startswith(".")]
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below a folder, but for hidden ones, in the order of their names."""
-    found = [p for p in folder.rglob("*") if not _hidden(p, folder) and p.is_file()]
-    return sorted(found, key=lambda p: os.fsencode(p))
+    """All files below a folder, but for hidden ones, in the order of their names. Raises: OSError, which os.walk passes over."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=_fail):
+        folders[:] = _shown(folders)
+        found += [path for path in map(Path(place).joinpath, _shown(names)) if path.is_file()]
+    return sorted(found, key=os.fsencode)
 
 
 def _is_picture(path: Path) -> bool:
@@ -139,7 +146,7 @@ def _others(files: Iterable[Path]) -> tuple[str, ...]:
 
 def _folders(folder: Path) -> list[str]:
     """Sorted names of the folders in one."""
-    return sorted((p.name for p in folder.iterdir() if p.is_dir() and not _hidden(p, folder)), key=os.fsencode)
+    return sorted(_shown(path.name for path in folder.iterdir() if path.is_dir()), key=os.fsencode)
 
 
 def class_root(root: Path) -> Path:

@@ -316,6 +316,20 @@ def test_hidden_names_are_neither_classes_nor_pictures(zoo: Path) -> None:
     assert folder.class_folders(zoo / "train") == ["cat", "dog"]
 
 
+def test_a_folder_that_cannot_be_listed_is_an_error(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a class without pictures. Root may list what nobody else may, so the listing itself is made to fail."""
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if os.fspath(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        folder.image_folder(zoo, split="train")
+
+
 def test_bad_folders_are_refused(zoo: Path, tmp_path: Path) -> None:
     with pytest.raises(
         FormatError,

@@ -17,9 +17,9 @@ from rbkit.formats.dataset import DataSet
 from rbkit.formats.errors import FormatError, LimitError, printable
 from rbkit.formats.names import encode_names, path_ids
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 LOSSY = (".jpg", ".jpeg", ".webp")
-FORMATS = ["PNG", "JPEG", "BMP", "WEBP", "PPM"]
+FORMATS = ["PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF"]
 SPLITS = ("train", "val", "test")
 
 
@@ -38,6 +38,15 @@ def fit(image: Any, size: int | None) -> Any:
     return image.crop((left, top, left + size, top + size))
 
 
+def _check(image: Any, *, name: str) -> None:
+    """What Pillow would cut down without a word. Raises: FormatError."""
+    count = getattr(image, "n_frames", 1)
+    if count > 1 and image.format != "MPO":  # a camera's MPO is a JPEG with its own preview behind it
+        raise FormatError(f"{name}: holds {count} pictures, expected one; extract one first")
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise FormatError(f"{name}: more than 8 bits per channel, expected 8; try `convert -depth 8`")
+
+
 def decode(path: Path, *, size: int | None, max_pixels: int) -> np.ndarray:
     """One picture file as uint8 (C, H, W), upright. Raises: FormatError, LimitError, OSError."""
     from PIL import Image, ImageOps
@@ -53,6 +62,7 @@ def decode(path: Path, *, size: int | None, max_pixels: int) -> np.ndarray:
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise LimitError(f"{shown}: {image.width} x {image.height} pixels, limit {max_pixels}")
+                _check(image, name=shown)
                 return png.to_pixels(fit(ImageOps.exif_transpose(image), size))
         except FormatError:
             raise

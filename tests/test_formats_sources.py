@@ -382,6 +382,41 @@ def test_bad_pictures_are_named(tmp_path: Path) -> None:
             folder.decode(tmp_path / "x.jpg", size=None, max_pixels=1200)
 
 
+def test_what_pillow_would_cut_down_is_refused(tmp_path: Path) -> None:
+    """Sixteen bits came out as white, and of several pictures the first was taken."""
+    deep = np.full((4, 5), 30000, np.uint16)
+    (tmp_path / "deep.pgm").write_bytes(b"P5 5 4 65535\n" + deep.astype(">u2").tobytes())
+    Image.fromarray(deep).save(tmp_path / "deep.tif")
+    Image.fromarray(deep.astype(np.float32)).save(tmp_path / "float.tiff")
+    for name in ("deep.pgm", "deep.tif", "float.tiff"):
+        with pytest.raises(
+            FormatError, match=f"{name}: more than 8 bits per channel, expected 8; try `convert -depth 8`"
+        ):
+            folder.decode(tmp_path / name, size=None, max_pixels=100)
+    more = [Image.new("RGB", (5, 4), (value,) * 3) for value in (90, 200)]
+    for name in ("x.webp", "x.tif"):
+        paint(tmp_path / name, 10, save_all=True, append_images=more)
+        with pytest.raises(FormatError, match=f"{name}: holds 3 pictures, expected one; extract one first"):
+            folder.decode(tmp_path / name, size=None, max_pixels=100)
+
+
+def test_tiff_is_read_as_its_pixels(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    for options in ({}, {"compression": "tiff_lzw"}):
+        Image.fromarray(pixels).save(tmp_path / "x.tif", **options)
+        found = folder.decode(tmp_path / "x.tif", size=None, max_pixels=20)
+        np.testing.assert_array_equal(found, pixels.transpose(2, 0, 1))
+    with pytest.raises(LimitError, match="5 x 4 pixels, limit 19"):
+        folder.decode(tmp_path / "x.tif", size=None, max_pixels=19)
+
+
+def test_a_camera_s_picture_with_its_preview_is_one(tmp_path: Path) -> None:
+    paint(tmp_path / "x.jpg", 7, size=(8, 8), format="MPO", save_all=True, append_images=[Image.new("RGB", (4, 4))])
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert image.format == "MPO" and image.n_frames == 2
+    assert folder.decode(tmp_path / "x.jpg", size=None, max_pixels=100).shape == (3, 8, 8)
+
+
 def test_jpeg_is_lossy_and_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

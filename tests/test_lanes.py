@@ -101,6 +101,52 @@ def test_rows_have_the_numbers_that_one_block_gives(name, norm, sizes, patience,
     assert len({thread for thread, _ in used}) == 3  # two lanes, and the one in which all threads compute the last rows
 
 
+class Stub:
+    """Slots whose first is done after so many evaluations."""
+
+    def __init__(self, after, look=lambda: None):
+        self.after, self.look, self.block, self.evaluations = after, look, 4, 0
+
+    def advance(self):
+        self.evaluations += 1
+        self.look()
+        return torch.arange(int(self.evaluations >= self.after))
+
+
+@pytest.mark.parametrize(
+    ("after", "owners", "wanted", "evaluations"),
+    [(3, 4, False, 3), (99, 4, False, flow.STRETCH), (3, 3, False, 1), (3, 4, True, 1)],
+)
+def test_a_lane_goes_on_alone_while_nobody_can_be_served(after, owners, wanted, evaluations):
+    slots = Stub(after)
+    lane = flow._Lane(slots, dict.fromkeys(range(owners)), wanted=wanted)
+    assert len(lane.advance()) == (evaluations == after) and slots.evaluations == evaluations
+
+
+def test_a_lane_that_is_wanted_comes_to_rest_after_the_evaluation_that_it_is_at():
+    slots = Stub(99, look=lambda: setattr(lane, "wanted", slots.evaluations == 5))
+    lane = flow._Lane(slots, dict.fromkeys(range(4)))
+    lane.advance()
+    assert slots.evaluations == 5
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("most", "fewest"), [(2, 6), (3, 1)])
+def test_full_lanes_are_begun_again_when_a_row_is_done(most, fewest, monkeypatch):
+    """Or after every evaluation, while more of them might be opened."""
+    monkeypatch.setattr(flow.Lanes, "opened", lambda self, count, *_: min(count, 2))
+    x, label = labelled(96)
+    victim, spec, begun = evaluation(convnet()), spec_of("pgd", "l2", until="end"), []
+    side = lanes.Lanes(2)
+    start = side.start
+    side.start = lambda count, task, *given: begun.append(task) or start(count, task, *given)
+    made = Flow(spec.goal(victim), spec.ascent(), polling(in_parts(x, label, [96])), block=8, lanes=side)
+    made.most = most
+    list(finished(made.poll))
+    passes = 96 // 8 * (spec.steps + 1)
+    assert passes // fewest >= len(begun) > passes // (2 * fewest)
+
+
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("rows", "width"), [(50, 25), (64, 32), (32, None)])
 def test_rows_that_would_wait_for_a_block_are_shared_evenly(rows, width):

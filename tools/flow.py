@@ -18,6 +18,7 @@ from rbkit.tools.slots import PER_SLOT, Ascent, Batch, Objective, Outcome, Slots
 
 Poll = Callable[[bool], Batch | None]
 T = TypeVar("T")
+STRETCH = 16  # evaluations that a lane makes at most before it says how far it is
 PATIENCE = 3  # evaluations of a full block that it costs to tell whether a row's numbers are the same in a narrower one
 
 
@@ -40,12 +41,24 @@ def polling(batches: Iterable[Batch]) -> Poll:
 
 @dataclass
 class _Lane:
-    """A block at work: who sits in each of its slots, how much padding it has computed, and its turn if it is computed now."""
+    """A block at work: who sits in each of its slots, how much padding it has computed, and its turn if it is computed now.
+
+    wanted: whether it is to come to rest after the evaluation that it is at.
+    """
 
     slots: Slots
     owner: dict[int, tuple[_Entry, int]] = field(default_factory=dict)
     padded: float = 0.0
     turn: Future[Tensor] | None = None
+    wanted: bool = False
+
+    def advance(self) -> Tensor:
+        """One evaluation, and more while all slots are at work, since nobody can be served then; the slots that are done."""
+        for _ in range(STRETCH):
+            done = self.slots.advance()
+            if len(done) or self.wanted or len(self.owner) < self.slots.block:
+                break
+        return done
 
     def take(self, width: int, of: Slots, owner: dict[int, tuple[_Entry, int]]) -> None:
         """Go on in a block of `width` rows with those that sit in slots `of` a block, which may be this one."""
@@ -146,7 +159,7 @@ class Flow:
         self.turns += 1
 
     def _side_by_side(self) -> None:
-        """Let every block that is at rest go on, and wait for one."""
+        """Let every block that is at rest go on, and wait for one; after a single evaluation while more blocks may be opened."""
         assert self.lanes is not None
         count = len(self.open)
         with threads(self.lanes.each(count)):
@@ -154,11 +167,14 @@ class Flow:
                 if lane.turn is None:
                     self._serve(lane)
                     if lane.owner:
-                        lane.turn = self.lanes.start(count, lane.slots.advance)
+                        lane.wanted = count < self.most
+                        lane.turn = self.lanes.start(count, lane.advance)
             self._await(return_when=FIRST_COMPLETED)
 
     def _await(self, *, return_when: str) -> None:
         """Wait for blocks that are being computed, and collect what they give."""
+        for lane in self.open:
+            lane.wanted |= return_when == ALL_COMPLETED
         done, _ = wait([lane.turn for lane in self.open if lane.turn], return_when=return_when)
         for lane in self.open:
             if lane.turn in done:
@@ -237,8 +253,10 @@ class Flow:
     def _gather(self) -> None:
         """Go on in one block where it has room for all the rows that there are."""
         while len(self.open) > 1 and self.at_hand <= self.block:
-            if self.ask(False):
-                continue
+            assert self.lanes is not None
+            with threads(self.lanes.each(len(self.open))):  # the others are at work
+                if self.ask(False):
+                    continue
             lane = self._joined()
             lane.take(self.block, lane.slots, lane.owner)
             self.open = [lane]

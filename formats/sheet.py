@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 CELL = 96  # smallest side of a cell in pixels; small images are enlarged by whole factors
 GAP = 6
 LINE = 14  # height of a line of text
+PLAIN = frozenset(string.printable + "±")  # what Pillow's own font can write
 COLD, WARM = np.array([33, 102, 172.0]), np.array([178, 24, 43.0])
 
 
@@ -72,6 +77,22 @@ def _enlarged(cell: np.ndarray) -> np.ndarray:
     return cell.repeat(factor, 0).repeat(factor, 1)
 
 
+@functools.cache
+def _many_letters() -> Any:
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 10)
+
+
+def _write(
+    draw: Any, place: tuple[int, int], text: str, *, fill: tuple[int, int, int], limit: int | None = None
+) -> None:
+    """One line of text, of no more than `limit` letters: names of files and classes may be in any script and hold line ends."""
+    line = " ".join(text.split())[:limit]
+    draw.text(place, line, fill=fill, font=None if PLAIN.issuperset(line) else _many_letters())
+
+
 def contact_sheet(
     rows: Sequence[Row],
     *,
@@ -99,18 +120,18 @@ def contact_sheet(
     top = GAP + (3 if names else 2) * LINE
     image = Image.new("RGB", (width, top + lines * step_y + LINE + GAP), (255, 255, 255))
     draw = ImageDraw.Draw(image)
-    draw.text((GAP, GAP // 2), title, fill=(0, 0, 0))
+    _write(draw, (GAP, GAP // 2), title, fill=(0, 0, 0))
     for number, cells in enumerate(grid):
         left, y = GAP + number // lines * group, top + number % lines * step_y
         for column, cell in enumerate(cells):
             x = left + column * (side + GAP)
             if number % lines == 0 and column < len(heads):
-                draw.text((x, top - GAP // 2 - LINE), heads[column][: side // 6], fill=(90, 90, 90))
+                _write(draw, (x, top - GAP // 2 - LINE), heads[column], fill=(90, 90, 90), limit=side // 6)
             if number % lines == 0 and column in names:
                 span = min((other for other in names if other > column), default=per_group) - column
-                draw.text((x, GAP // 2 + LINE), names[column][: span * side // 6], fill=(0, 0, 0))
+                _write(draw, (x, GAP // 2 + LINE), names[column], fill=(0, 0, 0), limit=span * side // 6)
             image.paste(Image.fromarray(cell), (x, y))
             if column < len(rows[number].captions):
-                draw.text((x, y + cell.shape[0]), rows[number].captions[column][: side // 6], fill=(60, 60, 60))
-    draw.text((GAP, image.height - LINE), foot, fill=(90, 90, 90))
+                _write(draw, (x, y + cell.shape[0]), rows[number].captions[column], fill=(60, 60, 60), limit=side // 6)
+    _write(draw, (GAP, image.height - LINE), foot, fill=(90, 90, 90))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import execute, shell
 from PIL import Image
@@ -11,7 +12,7 @@ from PIL import Image
 from rbkit.cli._pictures import PictureWriter, names_of
 from rbkit.formats.figures import training_curves
 from rbkit.formats.png import open_picture
-from rbkit.formats.sheet import CELL, GAP
+from rbkit.formats.sheet import CELL, GAP, Row, contact_sheet
 
 
 def test_view(tmp_path: Path) -> None:
@@ -23,6 +24,17 @@ def test_view(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").rglob("*.png"))) == 3
     piped = execute("rb-view", tmp_path / "s.safetensors")
     assert piped.status == 0 and piped.out.count(b"\x89PNG\r\n\x1a\n") == 3
+
+
+def captioned(text: str) -> np.ndarray:
+    return contact_sheet([Row([np.zeros((CELL, CELL, 3), np.uint8)], [text])], heads=["image"], title="one", foot="")
+
+
+def test_letters_of_other_scripts_are_told_apart_and_a_caption_is_one_line() -> None:
+    """A font that lacks a letter draws the same box for each."""
+    drawn = [captioned(text) for text in ("Bär", "Bör", "кот", "кит", "±1", "1", "c d")]
+    assert len({sheet.tobytes() for sheet in drawn}) == len(drawn)
+    assert np.array_equal(captioned("c\nd"), drawn[-1])
 
 
 def test_rows_of_a_sheet_spread_over_the_stream(tmp_path: Path, stream_file: Path) -> None:

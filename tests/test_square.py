@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from toys import C, H, K, N, W, convnet, evaluation, images, linear, weights_of
@@ -53,10 +55,10 @@ class Watching:
         return torch.full((len(x),), -float(len(self.asked))), torch.zeros(len(x), dtype=torch.bool)
 
 
-def searched(norm, queries, x, eps, *, of=1000):
+def searched(norm, queries, x, eps, *, of=1000, restarts=1):
     """The first images that are asked about, of a search of many more."""
     goal = Watching()
-    slots = Square(norm, eps, of).slots(goal, Batch(IDS, x, {}), block=N)
+    slots = Square(norm, eps, of, restarts=restarts).slots(goal, Batch(IDS, x, {}), block=N)
     first = slots.started(IDS, x, torch.zeros_like(IDS))
     slots.load(torch.arange(N), Batch(IDS, x, {}), torch.arange(N), first)
     for _ in range(queries):
@@ -83,6 +85,14 @@ def test_linf_begins_with_stripes_and_then_changes_one_square_per_image():
                 places.add((row, int(rows.min()), int(columns.min())))
     assert max(sides) == 5 and min(sides) == 1  # 0.8 of 5 x 6 pixels at first
     assert {p[1] for p in places} == set(range(H)) and {p[2] for p in places} == set(range(W))
+
+
+def test_patches_are_large_again_after_a_restart():
+    x = images(low=0.3, high=0.7)
+    asked = searched(LINF, 43, x, 0.1, of=20, restarts=3)
+    for start in (0, 20, 40):
+        first, second, third = asked[start : start + 3]
+        assert [int((tried != first).any(1).sum((1, 2)).max()) for tried in (second, third)] == [4, 1]
 
 
 def test_l2_keeps_the_norm_of_the_ball_and_moves_it_between_two_squares():
@@ -194,31 +204,73 @@ def test_queries_tried_ahead_are_as_if_tried_one_by_one(norm, queries, restarts,
         assert torch.equal(getattr(ahead.outcome, name), getattr(one.outcome, name)), name
 
 
-def test_a_deck_deals_the_words_of_each_query_and_draws_few_times(monkeypatch):
+class Drawn(NamedTuple):
+    words: torch.Tensor
+    side: torch.Tensor
+
+
+class Dealer:
+    """A deck whose cards are the words and the sides that they were made of; each deal is looked at, and how many were drawn."""
+
+    def __init__(self, sides):
+        self.deck, self.drawn = tries.Deck(self.make, sides, 6, seed=3, purpose="square"), []
+
+    def make(self, words, side):
+        self.drawn.append(len(words) * side**2)
+        return Drawn(words, torch.full((len(words),), side))
+
+    def deal(self, ids, step, busy=None):
+        """Each row has what belongs to its query, and rows that come together have one side."""
+        asked, draw = tries.Tries.of(torch.arange(len(ids)) < (busy or len(ids)), torch.zeros(len(ids), 1)), step + 2000
+        words = random.words(ids[asked.owner], 6, seed=3, purpose="square", draw=draw[asked.owner] + asked.later)
+        sides = self.deck.sides[(step[asked.owner] + asked.later).clamp_max(len(self.deck.sides) - 1)]
+        places = []
+        for rows, cards in self.deck.deal(asked, ids, step, draw):
+            assert torch.equal(cards.words, words[rows]) and torch.equal(cards.side, sides[rows])
+            assert len(sides[rows].unique()) == 1
+            places += rows.tolist()
+        assert sorted(places) == list(range(len(asked.owner)))
+
+
+def test_a_deck_deals_what_belongs_to_each_query_and_draws_few_times():
     """Slots at different queries go on by one or several, begin anew, are given to other examples and become fewer."""
-    drawn, words = [], random.words
-    monkeypatch.setattr(tries.random, "words", lambda *given, **named: drawn.append(1) or words(*given, **named))
-    deck = tries.Deck(6, seed=3, purpose="square")
-
-    def deal(ids, draw, busy=None):
-        asked = tries.Tries.of(torch.arange(len(ids)) < (busy or len(ids)), torch.zeros(len(ids), 1))
-        number = draw[asked.owner] + asked.later
-        expected = words(ids[asked.owner], 6, seed=3, purpose="square", draw=number)
-        assert torch.equal(deck.deal(asked, ids, draw), expected)
-
-    ids, draw = torch.arange(8) + 2**40, torch.arange(8) * 7
-    for turn in range(40):
-        deal(ids, draw)
-        draw = draw + torch.arange(8) % (1 + turn % 2) + 1
-    assert 0 < len(drawn) <= 4
-    deal(ids + 1, draw)
-    deal(ids + 1, draw - 9)
-    deal(ids[:4], draw[:4])
-    deal(ids[:4], draw[:4] + 1000)
+    ids, step = torch.arange(8) + 2**40, torch.arange(8) * 7
+    table = Dealer(torch.full((2000,), 3))
+    for turn in range(60):
+        table.deal(ids, step)
+        step = step + torch.arange(8) % (1 + turn % 2) + 1
+    assert 0 < len(table.drawn) <= 8  # 1, 2, 4, 8, 16 and then 32 queries at once
+    table.deal(ids + 1, step)
+    table.deal(ids + 1, step - 9)
+    table.deal(ids[:4], step[:4])
+    table.deal(ids[:4], step[:4] + 1000)
     for busy in (4, 2, 1):
         for turn in range(10):
-            deal(ids, draw + turn * 8 // busy, busy)
-    assert len(drawn) < 15
+            table.deal(ids, step + turn * 8 // busy, busy)
+    assert len(table.drawn) < 26
+
+
+def test_a_deck_deals_patches_of_several_sides_in_turn():
+    table, ids, step = Dealer(9 - torch.arange(1001) // 112), torch.arange(8), torch.arange(8) * 120
+    for _ in range(70):
+        table.deal(ids, step)
+        step += 1
+    assert len(table.drawn) < 70
+
+
+def test_a_deck_forgets_where_a_slot_begins_anew():
+    """Its next query has the number that was to come, and the side of a first one."""
+    table, ids, step = Dealer(9 - torch.arange(9)), torch.arange(8), torch.arange(8)
+    table.deal(ids, step)
+    table.deck.forget()
+    table.deal(ids, step * 0)
+
+
+def test_large_patches_are_drawn_for_few_queries_at_once():
+    table, ids = Dealer(torch.full((2000,), 200)), torch.arange(8)
+    for turn in range(9):
+        table.deal(ids, torch.full((8,), turn))
+    assert max(table.drawn) <= tries.PIXELS and len(table.drawn) > 2
 
 
 def test_a_network_without_a_gradient_is_searched_all_the_same(monkeypatch):

@@ -4,39 +4,59 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Patch:
-    """A square of pixels in each of some images: which images (G,), their rows and columns (G, side) each; all int64."""
+class Squares:
+    """Where squares lie: the uppermost row and the leftmost column of each, int64 (P,) both, and their side."""
 
-    images: Tensor
-    rows: Tensor
-    columns: Tensor
+    top: Tensor
+    left: Tensor
+    side: int
 
-    def of(self, images: Tensor) -> Tensor:
-        """What images (B, C, H, W), channels last, hold in it, (G, C, side, side)."""
-        pixels = _pixels(images).index_select(0, self._places(images))
-        return pixels.view(*self.rows.shape, -1, images.shape[1]).permute(0, 3, 1, 2).contiguous()
+    @classmethod
+    def anywhere(cls, words: Tensor, side: int, *, height: int, width: int) -> Squares:
+        """Uniform where they fit in images of this size, by two words of 32 random bits each, int64 (P, 2)."""
+        top, left = ((words[:, i] * (size - side + 1)) >> 32 for i, size in enumerate((height, width)))
+        return cls(top, left, side)
 
-    def put(self, images: Tensor, values: Tensor) -> None:
-        """Write values, which broadcast to (G, C, side, side), into images (B, C, H, W), channels last."""
-        whole = values.expand(len(self.images), images.shape[1], *self.rows.shape[1:], *self.columns.shape[1:])
-        _pixels(images).index_copy_(0, self._places(images), whole.permute(0, 2, 3, 1).reshape(-1, images.shape[1]))
+    @property
+    def _lines(self) -> tuple[Tensor, Tensor]:
+        """Their rows (P, side, 1) and columns (P, 1, side)."""
+        along = torch.arange(self.side, device=self.top.device)
+        return (self.top[:, None] + along)[:, :, None], (self.left[:, None] + along)[:, None]
 
-    def meets(self, other: Patch) -> Tensor:
-        """Which of its pixels are in the other one of the same image, bool (G, 1, side, side)."""
-        rows, columns = (
-            (mine >= theirs[:, :1]) & (mine <= theirs[:, -1:])
-            for mine, theirs in ((self.rows, other.rows), (self.columns, other.columns))
-        )
-        return (rows[:, :, None] & columns[:, None, :])[:, None]
+    def places(self, width: int) -> Tensor:
+        """Their pixels, counted along the rows of an image so wide, int64 (P, side, side)."""
+        down, across = self._lines
+        return down * width + across
 
-    def _places(self, images: Tensor) -> Tensor:
-        height, width = images.shape[2:]
-        lines = self.images[:, None] * height + self.rows
-        return (lines[:, :, None] * width + self.columns[:, None]).flatten()
+    def meet(self, other: Squares) -> Tensor:
+        """Which of their pixels are in the other square as well, bool (P, side, side)."""
+        inside = [
+            (line >= start[:, None, None]) & (line < (start + other.side)[:, None, None])
+            for line, start in zip(self._lines, (other.top, other.left), strict=True)
+        ]
+        return inside[0] & inside[1]
+
+
+def read(images: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    """What images (B, C, H, W), channels last, hold at the places (G, side, side) of these rows, int64 (G,); (G, C, side, side)."""
+    found = _pixels(images).index_select(0, _of(images, rows, places))
+    return found.view(*places.shape, images.shape[1]).permute(0, 3, 1, 2).contiguous()
+
+
+def write_(images: Tensor, rows: Tensor, places: Tensor, values: Tensor) -> None:
+    """Write values, which broadcast to (G, C, side, side), there."""
+    whole = values.expand(len(rows), images.shape[1], *places.shape[1:]).permute(0, 2, 3, 1)
+    _pixels(images).index_copy_(0, _of(images, rows, places), whole.reshape(-1, images.shape[1]))
+
+
+def _of(images: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    height, width = images.shape[2:]
+    return (places + (rows * (height * width))[:, None, None]).flatten()
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rbkit.tools import random
 from rbkit.tools.norms import Norm, l2_size, per_row
-from rbkit.tools.patch import Patch
+from rbkit.tools.patch import Squares, read, write_
 from rbkit.tools.slots import Batch, Objective, Slots, assign, place, rows_of, surpasses
 from rbkit.tools.tries import Deck, Tries
 
@@ -89,7 +90,12 @@ class SquareSlots(Slots):
         self.sides = torch.tensor([self.side(share) for share in shares], device=self.clean.device)
         self.top, self.top_value = self.now.clone(), torch.zeros(block, device=self.clean.device)
         self.tries: Tries | None = None
-        self.deck = Deck(self.WORDS + self.clean.shape[1], seed=plan.seed, purpose="square")
+        words = self.WORDS + self.clean.shape[1]
+        self.deck = Deck(self.cards, self.sides, words, seed=plan.seed, purpose="square")
+
+    @abstractmethod
+    def cards(self, words: Tensor, side: int) -> tuple[Tensor, ...]:
+        """What queries draw whose patches have this side, of words of 32 random bits, int64 (P, WORDS + C)."""
 
     @abstractmethod
     def side(self, share: float) -> int:
@@ -111,6 +117,7 @@ class SquareSlots(Slots):
         """No best image yet."""
         self.top_value[slots] = float("-inf")
         self.tries = None
+        self.deck.forget()
 
     def room(self, count: int) -> int:
         """Several queries of each example are computed at once, where they fit."""
@@ -173,37 +180,26 @@ class SquareSlots(Slots):
         else:
             self.now[tries.slots] = self.tries.images[: len(tries.slots) * tries.ahead : tries.ahead]
 
-    def groups(self, tries: Tries) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """Rows of slots at work whose patches have one side, int64 (G,); the side; words of 32 random bits for each,
-        int64 (G, WORDS + C).
-
-        One side at a time, so that how the sums of a row are ordered does not depend on where its neighbours are.
-        """
-        words = self.deck.deal(tries, self.ids, self.restart * self.plan.queries + self.step)
-        step = (self.step[tries.owner] + tries.later).clamp_max(self.plan.queries)  # those beyond are forgotten
-        sides = torch.where(self.active[tries.owner], self.sides[step], 0)
-        for side in sides.unique().tolist():
-            if side:
-                rows = (sides == side).nonzero()[:, 0]
-                yield rows, side, words[rows]
-
     def signs(self, ids: Tensor, restart: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Signs of first perturbations, -1 or 1, (N, *shape)."""
         words = random.words(ids, math.prod(shape), seed=self.plan.seed, purpose="square start", draw=restart)
         return _sign(words).reshape(len(ids), *shape)
 
-    def patch(self, rows: Tensor, side: int, words: Tensor) -> Patch:
-        """Patches anywhere in the images of these rows, uniform where they fit; two words each (G, 2)."""
-        height, width = self.clean.shape[2:]
-        along = torch.arange(side, device=words.device)
-        down = ((words[:, 0] * (height - side + 1)) >> 32)[:, None] + along
-        across = ((words[:, 1] * (width - side + 1)) >> 32)[:, None] + along
-        return Patch(rows, down, across)
+    def dealt(self, tries: Tries) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Rows of `tries` whose patches have one side, int64 (G,), and what their queries draw."""
+        return self.deck.deal(tries, self.ids, self.step, self.restart * self.plan.queries + self.step)
 
 
 def _sign(words: Tensor) -> Tensor:
     """-1 or 1 by the highest of 32 bits."""
     return (words >> 31).float() * 2 - 1
+
+
+class LinfCards(NamedTuple):
+    """What queries draw in Linf: the pixels of the patch, int64 (P, side, side), and its signs, (P, C)."""
+
+    places: Tensor
+    signs: Tensor
 
 
 class LinfSlots(SquareSlots):
@@ -221,14 +217,29 @@ class LinfSlots(SquareSlots):
         channels, height, width = self.clean.shape[1:]
         return self.plan.eps * self.signs(ids, restart, (channels, 1, width)).expand(-1, -1, height, -1)
 
+    def cards(self, words: Tensor, side: int) -> LinfCards:
+        """A patch and its signs."""
+        height, width = self.clean.shape[2:]
+        squares = Squares.anywhere(words, side, height=height, width=width)
+        return LinfCards(squares.places(width), _sign(words[:, 2:]))
+
     def proposal(self, tries: Tries) -> Tensor:
         """The best image with a patch at the edge of the ball."""
         moved = rows_of(self.top, tries.owner)
-        for rows, side, words in self.groups(tries):
-            patch = self.patch(rows, side, words)
-            clean = replace(patch, images=tries.owner[rows]).of(self.clean)
-            patch.put(moved, clean + self.plan.eps * per_row(_sign(words[:, 2:])))
+        for rows, (places, signs) in self.dealt(tries):
+            clean = read(self.clean, tries.owner[rows], places)
+            write_(moved, rows, places, clean + self.plan.eps * per_row(signs))
         return moved
+
+
+class L2Cards(NamedTuple):
+    """What queries draw in L2: the pixels of both patches, int64 (P, side, side); where the second does not meet the first, 0 or 1,
+    (P, 1, side, side); what is added to the first, (P, C, side, side)."""
+
+    here: Tensor
+    there: Tensor
+    apart: Tensor
+    bump: Tensor
 
 
 class L2Slots(SquareSlots):
@@ -255,18 +266,26 @@ class L2Slots(SquareSlots):
         signs = self.signs(ids, restart, (channels, down, across)).repeat_interleave(side, 2).repeat_interleave(side, 3)
         return self.scaled((signs * tile)[:, :, :height, :width])
 
+    def cards(self, words: Tensor, side: int) -> L2Cards:
+        """Two patches, of which one is pushed."""
+        height, width = self.clean.shape[2:]
+        here, there = (Squares.anywhere(words[:, at:], side, height=height, width=width) for at in (0, 2))
+        bump, turned = self.pyramids[side], (words[:, 4] >> 31).bool()[:, None, None, None]
+        pushed = per_row(_sign(words[:, 5:])) * torch.where(turned, bump.T, bump)
+        apart = (~there.meet(here)).float()[:, None]
+        return L2Cards(here.places(width), there.places(width), apart, pushed)
+
     def proposal(self, tries: Tries) -> Tensor:
         """The best image with one patch emptied and another one pushed further."""
         moved, clean = rows_of(self.top - self.clean, tries.owner), rows_of(self.clean, tries.owner)
         unused = (self.plan.eps**2 - moved.square().sum((1, 2, 3))).clamp_min(0)[:, None] / moved.shape[1]
-        for rows, side, words in self.groups(tries):
-            here, there = self.patch(rows, side, words), self.patch(rows, side, words[:, 2:])
-            inside, taken = here.of(moved), there.of(moved) * ~there.meets(here)
-            available = (inside.square().sum((2, 3)) + taken.square().sum((2, 3)) + unused[rows]).sqrt()
-            bump, turned = self.pyramids[side], (words[:, 4] >> 31).bool()[:, None, None, None]
-            pushed = per_row(_sign(words[:, 5:])) * torch.where(turned, bump.T, bump) + _unit(inside)
-            there.put(moved, torch.zeros((), device=moved.device))
-            here.put(moved, _unit(pushed) * per_row(available))
+        for rows, (here, there, apart, bump) in self.dealt(tries):
+            inside, taken = read(moved, rows, here), read(moved, rows, there) * apart
+            energy = _energy(inside)
+            available = (energy + _energy(taken) + unused[rows]).sqrt()
+            pushed = bump + _unit(inside, energy)
+            write_(moved, rows, there, torch.zeros((), device=moved.device))
+            write_(moved, rows, here, _unit(pushed, _energy(pushed)) * per_row(available))
         return self.scaled(moved).add_(clean)
 
     def scaled(self, delta: Tensor) -> Tensor:
@@ -274,7 +293,12 @@ class L2Slots(SquareSlots):
         return delta * per_row(self.plan.eps * (1 - 3e-7) / l2_size(delta).clamp_min(1e-30))
 
 
-def _unit(values: Tensor) -> Tensor:
-    """(B, C, H, W) with norm 1 per example and channel; zeros stay."""
-    size = values.square().sum((2, 3), keepdim=True).sqrt()
-    return values / torch.where(size > 0, size, torch.ones_like(size))
+def _energy(values: Tensor) -> Tensor:
+    """The sum of squares of (B, C, H, W) per example and channel, (B, C)."""
+    return values.square().sum((2, 3))
+
+
+def _unit(values: Tensor, energy: Tensor) -> Tensor:
+    """(B, C, H, W) with norm 1 per example and channel, of which this is the sum of squares; zeros stay."""
+    size = energy.sqrt()
+    return values / per_row(torch.where(size > 0, size, torch.ones_like(size)))

@@ -1,16 +1,20 @@
 """Queries of a random search that are computed together (where slots are few, several of each, of which the first that is
-kept makes the later ones void), and the random words of those that come next."""
+kept makes the later ones void), and what those that come next draw."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from rbkit.tools import random
 
-DEPTH = 32  # queries of a slot whose words are drawn together: most of the time of a small draw is that of its many operations
+DEPTH = 32  # queries of a slot, at most, that are drawn together
+PIXELS = 1 << 20  # of all patches, at most, that are drawn together
+Cards = TypeVar("Cards", bound=tuple[Tensor, ...])
 
 
 @dataclass(frozen=True)
@@ -49,27 +53,68 @@ class Tries:
         return none_yet.sum(1).clamp_max(self.ahead - 1)
 
 
-class Deck:
-    """The random words of a search, `count` for each query of an example, drawn for many queries of every slot at once."""
+class Deck(Generic[Cards]):
+    """What the next queries of a search draw, made for many queries of every slot at once: most of the time that small tensors
+    take is that of their many operations. Deeper each time that it is used up, and shallow again when slots change.
 
-    def __init__(self, count: int, *, seed: int, purpose: str) -> None:
+    sides: int64 (queries + 1,), of the patch by query. make(words, side): cards, tensors with a row for each of some queries whose
+    patches have that side, of `count` words of 32 random bits each, int64 (P, count).
+    """
+
+    def __init__(
+        self, make: Callable[[Tensor, int], Cards], sides: Tensor, count: int, *, seed: int, purpose: str
+    ) -> None:
+        self.make, self.sides = make, sides
         self.count, self.seed, self.purpose = count, seed, purpose
-        self.ids: Tensor | None = None
+        self.hands: list[Cards] = []
+        self.forget()
 
-    def deal(self, tries: Tries, ids: Tensor, draw: Tensor) -> Tensor:
-        """The words of these tries, int64 (R, count), a function of (seed, purpose, id, draw): slots hold `ids`, and the next
-        query of each has the number `draw`, int64 (B,) both."""
-        if self.ids is None or not torch.equal(ids, self.ids) or self._spent(draw, tries.ahead):
-            self._draw(ids, draw, depth=DEPTH + tries.ahead)
-        return self.words[tries.owner, (draw - self.since)[tries.owner] + tries.later]
+    def forget(self) -> None:
+        """Draw anew, since a slot is at another restart."""
+        self.ids: Tensor | None = None
+        self.depth = 0
+
+    def deal(self, tries: Tries, ids: Tensor, step: Tensor, draw: Tensor) -> Iterator[tuple[Tensor, Cards]]:
+        """Rows of `tries` whose patches have one side, int64 (G,), and their cards: a function of (seed, purpose, id, draw).
+
+        Slots hold `ids`, and the next query of each has the number `step` in its restart and `draw` in all, int64 (B,) each. One side
+        at a time, so that how the sums of a row are ordered does not depend on where its neighbours are.
+        """
+        if self.ids is None or not torch.equal(ids, self.ids):
+            self.depth = 0
+        if not self.depth or self._spent(draw, tries.ahead):
+            self._draw(ids, step, draw, ahead=tries.ahead)
+        query = tries.owner * self.depth + (draw - self.since)[tries.owner] + tries.later
+        if len(self.hands) == 1:
+            yield torch.arange(len(query), device=query.device), _picked(self.hands[0], query)
+            return
+        hand, place = self.hand[query], self.place[query]
+        for number, cards in enumerate(self.hands):
+            rows = (hand == number).nonzero()[:, 0]
+            if len(rows):
+                yield rows, _picked(cards, place[rows])
 
     def _spent(self, draw: Tensor, ahead: int) -> bool:
         """Whether some slot asks for what has not been drawn."""
         place = draw - self.since
-        return bool(((place < 0) | (place + ahead > self.words.shape[1])).any())
+        return bool(((place < 0) | (place + ahead > self.depth)).any())
 
-    def _draw(self, ids: Tensor, draw: Tensor, *, depth: int) -> None:
-        numbers = draw[:, None] + torch.arange(depth, device=draw.device)
-        rows = ids.repeat_interleave(depth)
-        words = random.words(rows, self.count, seed=self.seed, purpose=self.purpose, draw=numbers.flatten())
-        self.ids, self.since, self.words = ids.clone(), draw, words.reshape(len(ids), depth, self.count)
+    def _draw(self, ids: Tensor, step: Tensor, draw: Tensor, *, ahead: int) -> None:
+        room = PIXELS // (len(ids) * int(self.sides[step].max()) ** 2)
+        self.ids, self.since, self.depth = ids.clone(), draw, max(min(2 * self.depth, DEPTH, room), ahead)
+        along = torch.arange(self.depth, device=ids.device)
+        numbers, rows = (draw[:, None] + along).flatten(), ids.repeat_interleave(self.depth)
+        words = random.words(rows, self.count, seed=self.seed, purpose=self.purpose, draw=numbers)
+        # Queries beyond a restart are forgotten.
+        sides = self.sides[(step[:, None] + along).clamp_max(len(self.sides) - 1)].flatten()
+        kinds, self.hand = sides.unique(return_inverse=True)
+        self.place, self.hands = torch.empty_like(self.hand), []
+        for number, side in enumerate(kinds.tolist()):
+            of = (self.hand == number).nonzero()[:, 0]
+            self.place[of] = torch.arange(len(of), device=of.device)
+            self.hands.append(self.make(words[of], side))
+
+
+def _picked(cards: Cards, rows: Tensor) -> Cards:
+    """The cards of some queries."""
+    return type(cards)(*(of.index_select(0, rows) for of in cards))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,17 @@ if TYPE_CHECKING:
     from rbkit.tools.stages import Attacked
 
 Models = tuple[Model, Model | None]  # the attacked one, and the surrogate that images are made on
+
+
+def by_radius(chunks: Iterable[Chunk], *, default: Attack) -> Iterator[tuple[float, Iterator[Chunk]]]:
+    """Chunks that follow each other and were attacked at one radius, in the norm of `default`; its own where they were not."""
+
+    def radius(chunk: Chunk) -> float:
+        earlier = chunk.meta.get("attack") or {}
+        eps = earlier.get("eps") if earlier.get("norm") == default.norm else None
+        return eps if isinstance(eps, int | float) and 0 < eps < math.inf else default.eps
+
+    return itertools.groupby(chunks, key=radius)
 
 
 def check_earlier(chunk: Chunk, spec: Attack) -> None:

@@ -59,7 +59,8 @@ def attack(
         typer.Option(
             "--eps",
             metavar="X",
-            help=EPS_HELP + " Repeat for one stream per radius. Default 0.5 (l2), 8/255 (linf).",
+            help=EPS_HELP
+            + " Repeat for one stream per radius. Default that of an attacked stream, else 0.5 (l2), 8/255 (linf).",
             show_default=False,
         ),
     ] = None,
@@ -235,6 +236,10 @@ def _attack_all(
         check_input(surrogate, first.arrays["image"].shape[1:], place=first.place)
     options = {**options, "refill": _refills(surrogate or victim, first, options)}
     chunks: Iterable[Chunk] = itertools.chain([first], rows)
+    if options["eps"] is None:
+        for eps, part in _attack_rows.by_radius(chunks, default=specs[0]):
+            _attack_stream(options, _attack_spec.spec(options, eps, victim.classes), models, part, sink)
+        return
     if len(specs) > 1:
         chunks = list(chunks)
     for spec in specs:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import execute
 from safetensors import numpy as st
+from safetensors import safe_open
 
 from rbkit.cli._attack_rows import check_ball
 from rbkit.cli._errors import Numbers
@@ -33,6 +34,43 @@ def test_radii_and_a_second_attack(tmp_path: Path, stream_file: Path, model_file
     first, second = st.load_file(one), st.load_file(again)
     assert (second["success"] >= first["success"]).all() and (second["forwards"] >= first["forwards"]).all()
     assert execute("rb-attack", one, *common[1:], "--eps", "0.5", "-o", again).status == 2
+
+
+def test_without_a_radius_an_attack_adds_to_each_stream_within_its_own(
+    tmp_path: Path, stream_file: Path, model_file: Path
+) -> None:
+    """As it does with that radius given, stream for stream; rows that nobody attacked yet have the usual one."""
+    common = ("-m", model_file, "--steps", 1, "-q", "-o")
+    radii, many, again = ("0.25", "0.1", "0.25"), tmp_path / "many.rbs", tmp_path / "again.rbs"
+    parts = [tmp_path / f"{place}.safetensors" for place in range(len(radii))]
+    for part, eps in zip(parts, radii, strict=True):
+        assert execute("rb-attack", stream_file, "--eps", eps, *common, part).status == 0
+    many.write_bytes(b"".join(part.read_bytes() for part in (*parts, stream_file)))
+    added = execute("rb-attack", many, "--attack", "square", "--queries", 5, "-m", model_file, "-q", "-o", again)
+    assert added.status == 0, added.err
+    shown = [json.loads(line)["attack"] for line in execute("rb-info", "--json", again).out.splitlines()]
+    assert [a["eps"] for a in shown] == [0.25, 0.1, 0.25, 0.5]
+    assert [a["name"] for a in shown] == ["pgd+square"] * 3 + ["square"]
+    alone = []
+    for part, eps in zip((*parts, stream_file), (*radii, "0.5"), strict=True):
+        out = tmp_path / "alone.safetensors"
+        square = ("--attack", "square", "--queries", 5, "--eps", eps, "-m", model_file, "-q")
+        assert execute("rb-attack", part, *square, "-o", out).status == 0
+        alone.append(execute("rb-attack", part, *square, "-o", "-").out)
+    assert again.read_bytes() == b"".join(alone)
+
+
+@pytest.mark.parametrize("eps", ["0.1", 0, -1, None, [0.1]])
+def test_a_radius_that_is_none_is_refused(eps: object, tmp_path: Path, stream_file: Path, model_file: Path) -> None:
+    attacked, odd = tmp_path / "attacked.safetensors", tmp_path / "odd.safetensors"
+    assert execute("rb-attack", stream_file, "-m", model_file, "--steps", 1, "-q", "-o", attacked).status == 0
+    with safe_open(attacked, "np") as file:
+        meta = file.metadata()
+    about = json.loads(meta["rb"])
+    about["attack"]["eps"] = eps
+    st.save_file(st.load_file(attacked), odd, {**meta, "rb": json.dumps(about)})
+    refused = execute("rb-attack", odd, "-m", model_file, "--steps", 1, "-q", "-o", tmp_path / "out.safetensors")
+    assert refused.status == 2 and refused.err.count("\n") == 1, refused.err
 
 
 def test_what_is_said_of_the_input_is_said_once_for_all_radii(

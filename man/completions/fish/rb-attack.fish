@@ -2,7 +2,7 @@
 complete -c rb-attack -s m -l model -r -d 'The model, a file of rb-train or rb-model.'
 complete -c rb-attack -l attack -x -a 'fgsm pgd apgd-ce apgd-dlr apgd-t square fab-t auto' -d 'auto: apgd-ce, apgd-t, fab-t and square in sequence.'
 complete -c rb-attack -l norm -x -a 'l2 linf' -d 'Norm of the perturbation.'
-complete -c rb-attack -l eps -x -d 'Radius in [0, 1] pixel units, of the whole image; 8/255 is accepted. Repeat for one stream per radius. Default 0.5 (l2), 8/255 (linf).'
+complete -c rb-attack -l eps -x -d 'Radius in [0, 1] pixel units, of the whole image; 8/255 is accepted. Repeat for one stream per radius. Default that of an attacked stream, else 0.5 (l2), 8/255 (linf).'
 complete -c rb-attack -l steps -x -d 'Gradient steps per restart, and per target of apgd-t and fab-t. Default 20 (pgd), 100 (others).'
 complete -c rb-attack -l queries -x -d 'square, auto: forward passes of the random search per restart; default 5000.'
 complete -c rb-attack -l step-size -x -d 'pgd: length of a step; default 2.5 eps / steps.'

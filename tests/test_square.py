@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from toys import C, H, K, N, W, convnet, evaluation, images, linear, weights_of
@@ -204,20 +202,15 @@ def test_queries_tried_ahead_are_as_if_tried_one_by_one(norm, queries, restarts,
         assert torch.equal(getattr(ahead.outcome, name), getattr(one.outcome, name)), name
 
 
-class Drawn(NamedTuple):
-    words: torch.Tensor
-    side: torch.Tensor
-
-
 class Dealer:
     """A deck whose cards are the words and the sides that they were made of; each deal is looked at, and how many were drawn."""
 
     def __init__(self, sides):
-        self.deck, self.drawn = tries.Deck(self.make, sides, 6, seed=3, purpose="square"), []
+        self.deck, self.drawn = tries.Deck(sides, 6, seed=3, purpose="square"), []
 
     def make(self, words, side):
         self.drawn.append(len(words) * side**2)
-        return Drawn(words, torch.full((len(words),), side))
+        return words, torch.full((len(words),), side)
 
     def deal(self, ids, step, busy=None):
         """Each row has what belongs to its query, and rows that come together have one side."""
@@ -225,8 +218,8 @@ class Dealer:
         words = random.words(ids[asked.owner], 6, seed=3, purpose="square", draw=draw[asked.owner] + asked.later)
         sides = self.deck.sides[(step[asked.owner] + asked.later).clamp_max(len(self.deck.sides) - 1)]
         places = []
-        for rows, cards in self.deck.deal(asked, ids, step, draw):
-            assert torch.equal(cards.words, words[rows]) and torch.equal(cards.side, sides[rows])
+        for rows, cards in self.deck.deal(self.make, asked, ids, step, draw):
+            assert torch.equal(cards[0], words[rows]) and torch.equal(cards[1], sides[rows])
             assert len(sides[rows].unique()) == 1
             places += rows.tolist()
         assert sorted(places) == list(range(len(asked.owner)))

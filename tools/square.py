@@ -12,7 +12,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from rbkit.tools import random
 from rbkit.tools.norms import Norm, l2_size, per_row
 from rbkit.tools.patch import Squares, read, write_
 from rbkit.tools.slots import Batch, Objective, Slots, assign, place, rows_of, surpasses
-from rbkit.tools.tries import Deck, Tries
+from rbkit.tools.tries import Cards, Deck, Tries
 
 SHARE = 0.8  # of the pixels that the first patches cover, p of section 3.2
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000 after which the share is halved
@@ -91,10 +90,10 @@ class SquareSlots(Slots):
         self.top, self.top_value = self.now.clone(), torch.zeros(block, device=self.clean.device)
         self.tries: Tries | None = None
         words = self.WORDS + self.clean.shape[1]
-        self.deck = Deck(self.cards, self.sides, words, seed=plan.seed, purpose="square")
+        self.deck = Deck(self.sides, words, seed=plan.seed, purpose="square")
 
     @abstractmethod
-    def cards(self, words: Tensor, side: int) -> tuple[Tensor, ...]:
+    def cards(self, words: Tensor, side: int) -> Cards:
         """What queries draw whose patches have this side, of words of 32 random bits, int64 (P, WORDS + C)."""
 
     @abstractmethod
@@ -185,21 +184,15 @@ class SquareSlots(Slots):
         words = random.words(ids, math.prod(shape), seed=self.plan.seed, purpose="square start", draw=restart)
         return _sign(words).reshape(len(ids), *shape)
 
-    def dealt(self, tries: Tries) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+    def dealt(self, tries: Tries) -> Iterator[tuple[Tensor, Cards]]:
         """Rows of `tries` whose patches have one side, int64 (G,), and what their queries draw."""
-        return self.deck.deal(tries, self.ids, self.step, self.restart * self.plan.queries + self.step)
+        draw = self.restart * self.plan.queries + self.step
+        return self.deck.deal(self.cards, tries, self.ids, self.step, draw)
 
 
 def _sign(words: Tensor) -> Tensor:
     """-1 or 1 by the highest of 32 bits."""
     return (words >> 31).float() * 2 - 1
-
-
-class LinfCards(NamedTuple):
-    """What queries draw in Linf: the pixels of the patch, int64 (P, side, side), and its signs, (P, C)."""
-
-    places: Tensor
-    signs: Tensor
 
 
 class LinfSlots(SquareSlots):
@@ -217,11 +210,11 @@ class LinfSlots(SquareSlots):
         channels, height, width = self.clean.shape[1:]
         return self.plan.eps * self.signs(ids, restart, (channels, 1, width)).expand(-1, -1, height, -1)
 
-    def cards(self, words: Tensor, side: int) -> LinfCards:
-        """A patch and its signs."""
+    def cards(self, words: Tensor, side: int) -> Cards:
+        """The pixels of the patch, int64 (P, side, side), and its signs, (P, C)."""
         height, width = self.clean.shape[2:]
         squares = Squares.anywhere(words, side, height=height, width=width)
-        return LinfCards(squares.places(width), _sign(words[:, 2:]))
+        return squares.places(width), _sign(words[:, 2:])
 
     def proposal(self, tries: Tries) -> Tensor:
         """The best image with a patch at the edge of the ball."""
@@ -230,16 +223,6 @@ class LinfSlots(SquareSlots):
             clean = read(self.clean, tries.owner[rows], places)
             write_(moved, rows, places, clean + self.plan.eps * per_row(signs))
         return moved
-
-
-class L2Cards(NamedTuple):
-    """What queries draw in L2: the pixels of both patches, int64 (P, side, side); where the second does not meet the first, 0 or 1,
-    (P, 1, side, side); what is added to the first, (P, C, side, side)."""
-
-    here: Tensor
-    there: Tensor
-    apart: Tensor
-    bump: Tensor
 
 
 class L2Slots(SquareSlots):
@@ -266,14 +249,15 @@ class L2Slots(SquareSlots):
         signs = self.signs(ids, restart, (channels, down, across)).repeat_interleave(side, 2).repeat_interleave(side, 3)
         return self.scaled((signs * tile)[:, :, :height, :width])
 
-    def cards(self, words: Tensor, side: int) -> L2Cards:
-        """Two patches, of which one is pushed."""
+    def cards(self, words: Tensor, side: int) -> Cards:
+        """The pixels of both patches, int64 (P, side, side); 1 where the second does not meet the first, else 0, (P, 1, side, side);
+        what is added to the first, (P, C, side, side)."""
         height, width = self.clean.shape[2:]
         here, there = (Squares.anywhere(words[:, at:], side, height=height, width=width) for at in (0, 2))
         bump, turned = self.pyramids[side], (words[:, 4] >> 31).bool()[:, None, None, None]
         pushed = per_row(_sign(words[:, 5:])) * torch.where(turned, bump.T, bump)
         apart = (~there.meet(here)).float()[:, None]
-        return L2Cards(here.places(width), there.places(width), apart, pushed)
+        return here.places(width), there.places(width), apart, pushed
 
     def proposal(self, tries: Tries) -> Tensor:
         """The best image with one patch emptied and another one pushed further."""

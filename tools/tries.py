@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from rbkit.tools import random
 
 DEPTH = 32  # queries of a slot, at most, that are drawn together
 PIXELS = 1 << 20  # of all patches, at most, that are drawn together
-Cards = TypeVar("Cards", bound=tuple[Tensor, ...])
+Cards = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -53,37 +52,34 @@ class Tries:
         return none_yet.sum(1).clamp_max(self.ahead - 1)
 
 
-class Deck(Generic[Cards]):
+class Deck:
     """What the next queries of a search draw, made for many queries of every slot at once: most of the time that small tensors
     take is that of their many operations. Deeper each time that it is used up, and shallow again when slots change.
 
-    sides: int64 (queries + 1,), of the patch by query. make(words, side): cards, tensors with a row for each of some queries whose
-    patches have that side, of `count` words of 32 random bits each, int64 (P, count).
+    sides: int64 (queries + 1,), of the patch by query. make(words, side): tensors with a row for each of some queries whose patches
+    have that side, of `count` words of 32 random bits each, int64 (P, count).
     """
 
-    def __init__(
-        self, make: Callable[[Tensor, int], Cards], sides: Tensor, count: int, *, seed: int, purpose: str
-    ) -> None:
-        self.make, self.sides = make, sides
-        self.count, self.seed, self.purpose = count, seed, purpose
-        self.hands: list[Cards] = []
+    def __init__(self, sides: Tensor, count: int, *, seed: int, purpose: str) -> None:
+        self.sides, self.count, self.seed, self.purpose = sides, count, seed, purpose
         self.forget()
 
     def forget(self) -> None:
-        """Draw anew, since a slot is at another restart."""
-        self.ids: Tensor | None = None
-        self.depth = 0
+        """Draw anew, since slots have changed, or one is at another restart."""
+        self.ids, self.depth = self.sides[:0], 0
 
-    def deal(self, tries: Tries, ids: Tensor, step: Tensor, draw: Tensor) -> Iterator[tuple[Tensor, Cards]]:
-        """Rows of `tries` whose patches have one side, int64 (G,), and their cards: a function of (seed, purpose, id, draw).
+    def deal(
+        self, make: Callable[[Tensor, int], Cards], tries: Tries, ids: Tensor, step: Tensor, draw: Tensor
+    ) -> Iterator[tuple[Tensor, Cards]]:
+        """Rows of `tries` whose patches have one side, int64 (G,), and what was made for them: a function of (seed, purpose, id, draw).
 
         Slots hold `ids`, and the next query of each has the number `step` in its restart and `draw` in all, int64 (B,) each. One side
         at a time, so that how the sums of a row are ordered does not depend on where its neighbours are.
         """
-        if self.ids is None or not torch.equal(ids, self.ids):
-            self.depth = 0
+        if not torch.equal(ids, self.ids):
+            self.forget()
         if not self.depth or self._spent(draw, tries.ahead):
-            self._draw(ids, step, draw, ahead=tries.ahead)
+            self._draw(make, ids, step, draw, ahead=tries.ahead)
         query = tries.owner * self.depth + (draw - self.since)[tries.owner] + tries.later
         if len(self.hands) == 1:
             yield torch.arange(len(query), device=query.device), _picked(self.hands[0], query)
@@ -99,7 +95,9 @@ class Deck(Generic[Cards]):
         place = draw - self.since
         return bool(((place < 0) | (place + ahead > self.depth)).any())
 
-    def _draw(self, ids: Tensor, step: Tensor, draw: Tensor, *, ahead: int) -> None:
+    def _draw(
+        self, make: Callable[[Tensor, int], Cards], ids: Tensor, step: Tensor, draw: Tensor, *, ahead: int
+    ) -> None:
         room = PIXELS // (len(ids) * int(self.sides[step].max()) ** 2)
         self.ids, self.since, self.depth = ids.clone(), draw, max(min(2 * self.depth, DEPTH, room), ahead)
         along = torch.arange(self.depth, device=ids.device)
@@ -112,9 +110,9 @@ class Deck(Generic[Cards]):
         for number, side in enumerate(kinds.tolist()):
             of = (self.hand == number).nonzero()[:, 0]
             self.place[of] = torch.arange(len(of), device=of.device)
-            self.hands.append(self.make(words[of], side))
+            self.hands.append(make(words[of], side))
 
 
 def _picked(cards: Cards, rows: Tensor) -> Cards:
-    """The cards of some queries."""
-    return type(cards)(*(of.index_select(0, rows) for of in cards))
+    """What was made for some queries."""
+    return tuple(of.index_select(0, rows) for of in cards)

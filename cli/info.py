@@ -157,7 +157,7 @@ def _replay(name: str, max_document: int) -> None:
 
 
 def _join(names: list[str], output: str, max_document: int, *, no_clobber: bool) -> None:
-    """Shards, in any order of the command line, as one document; completeness is proved first."""
+    """Shards, in any order of the command line, as one document for each of their streams; completeness is proved first."""
     from rbkit.formats.join import order_shards
 
     with blame(Input, FormatError, OSError):
@@ -165,11 +165,23 @@ def _join(names: list[str], output: str, max_document: int, *, no_clobber: bool)
             (name, [s.record(name) | {"first": s.meta["first"]} for s in _summaries(name, max_document)])
             for name in names
         ]
-        ordered = order_shards(parts)
+        streams = order_shards(parts)
     with _output.Sink(output, no_clobber=no_clobber) as sink:
-        for name in ordered:
-            for chunk in _counted(_input.chunks(name, max_document=max_document)):
-                sink.write(chunk.arrays, chunk.meta, last=chunk.last)
+        if len(streams) > 1 and not sink.many:
+            raise Usage(f"the shards hold {len(streams)} streams; write them to a name ending in .rbs, or to a pipe")
+        for place, ordered in enumerate(streams):
+            for number, name in enumerate(ordered, start=1):
+                chunks = _nth_stream(_input.chunks(name, max_document=max_document), place)
+                for chunk in _counted(chunks):
+                    sink.write(chunk.arrays, chunk.meta, last=chunk.last and number == len(ordered))
+
+
+def _nth_stream(chunks: Iterable[Chunk], place: int) -> Iterator[Chunk]:
+    """The chunks of one of the streams that follow each other."""
+    for chunk in chunks:
+        if not place:
+            yield chunk
+        place -= chunk.last
 
 
 main = program("rb-info", info)

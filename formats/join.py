@@ -10,24 +10,34 @@ from rbkit.formats.errors import FormatError, printable
 LOCAL = ("file", "rows", "first", "tensors", "sha256")
 
 
-def order_shards(parts: list[tuple[str, list[dict[str, Any]]]]) -> list[str]:
-    """File names in the order of their rows.
+def order_shards(parts: list[tuple[str, list[dict[str, Any]]]]) -> list[list[str]]:
+    """For each stream that the files hold, in turn, their names in the order of its rows.
 
-    parts: per file its streams, each a record with at least rows, first and total.
+    parts: per file its streams, each a record with at least rows, first and total; several where an attack has several radii.
     Raises: FormatError naming the rows, and as a Slurm array the shards, that are missing.
     """
-    streams = []
-    for name, records in parts:
-        if len(records) != 1:
-            raise FormatError(f"{printable(name)}: holds {len(records)} streams, expected one shard")
-        streams.append((records[0]["first"], records[0]["rows"], name, records[0]))
-    streams.sort(key=lambda item: item[:2])
-    reference = _common(streams[0][3])
-    for _, _, name, record in streams[1:]:
-        if _common(record) != reference:
-            raise FormatError(f"{printable(name)}: made by other steps or options than {printable(streams[0][2])}")
-    _check_cover([(first, rows, name) for first, rows, name, _ in streams], streams[0][3].get("total"))
-    return [name for _, _, name, _ in streams]
+    name, records = parts[0]
+    for other, its in parts[1:]:
+        if len(its) != len(records):
+            raise FormatError(
+                f"{printable(other)}: holds {_streams(its)}, expected {_streams(records)} as in {printable(name)}"
+            )
+    return [_ordered([(name, records[place]) for name, records in parts]) for place in range(len(records))]
+
+
+def _streams(records: list[dict[str, Any]]) -> str:
+    return f"{len(records)} stream{'s' * (len(records) != 1)}"
+
+
+def _ordered(shards: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Names of the files in the order of the rows of one stream, of which each holds a shard."""
+    shards = sorted(shards, key=lambda shard: (shard[1]["first"], shard[1]["rows"], shard[0]))
+    (first, reference), *others = shards
+    for name, record in others:
+        if _common(record) != _common(reference):
+            raise FormatError(f"{printable(name)}: made by other steps or options than {printable(first)}")
+    _check_cover([(record["first"], record["rows"], name) for name, record in shards], reference.get("total"))
+    return [name for name, _ in shards]
 
 
 def _common(record: dict[str, Any]) -> str:

@@ -534,7 +534,7 @@ def test_shards_are_ordered_by_their_rows(total: int, count: int, random: Any) -
     parts = shards(total, count)
     rows = {name: records[0]["rows"] for name, records in parts}
     random.shuffle(parts)
-    found = order_shards(parts)
+    (found,) = order_shards(parts)
     assert sorted(found) == sorted(rows)
     assert [n for n in found if rows[n]] == [f"s{k}" for k in range(1, count + 1) if rows[f"s{k}"]]
 
@@ -562,10 +562,21 @@ def test_other_shards_are_refused() -> None:
         order_shards(shards(6, 3) + shards(6, 3, keep=[2]))
     with pytest.raises(FormatError, match="s2: made by other steps or options than s1"):
         order_shards(shards(6, 2, keep=[1], seed=1) + shards(6, 2, keep=[2], seed=2))
-    with pytest.raises(FormatError, match="s1: holds 2 streams, expected one shard"):
-        order_shards([("s1", shards(6, 1)[0][1] * 2)])
+    (one,), (both,) = ([records for _, records in shards(6, 1)] for _ in range(2))
+    with pytest.raises(FormatError, match="s2: holds 2 streams, expected 1 stream as in s1"):
+        order_shards([("s1", one), ("s2", both * 2)])
     with pytest.raises(FormatError, match=r"^rows 2 to 3 are missing$"):
         order_shards([(name, [{**records[0], "total": None}]) for name, records in shards(6, 3, keep=[1, 3])])
+
+
+def test_shards_of_several_streams_are_ordered_stream_by_stream() -> None:
+    few, many = shards(6, 3), shards(9, 3)
+    pairs = [(name, records + its) for (name, records), (_, its) in zip(few, many, strict=True)]
+    assert order_shards([pairs[2], pairs[0], pairs[1]]) == [["s1", "s2", "s3"]] * 2
+    with pytest.raises(FormatError, match=r"rows 2 to 3 of 6 are missing \(shards of 3\); try sbatch --array=2"):
+        order_shards([pairs[0], pairs[2]])
+    with pytest.raises(FormatError, match="s2: made by other steps or options than s1"):
+        order_shards([pairs[0], ("s2", [pairs[1][1][0], pairs[1][1][1] | {"seed": 1}]), pairs[2]])
 
 
 @settings(max_examples=60, deadline=None)

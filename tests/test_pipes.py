@@ -87,6 +87,23 @@ def test_shards_in_order_are_the_stream_and_missing_ones_are_named(
     assert joined.read_bytes() == b"old"
 
 
+def test_shards_with_several_radii_join_to_as_many_streams(tmp_path: Path, stream_file: Path, model_file: Path) -> None:
+    attack = ("rb-attack", stream_file, "-m", model_file, "--steps", 1, "--eps", "0.25,0.1", "-q")
+    parts, whole, joined = [tmp_path / f"{k}.rbs" for k in (1, 2, 3)], tmp_path / "whole.rbs", tmp_path / "joined.rbs"
+    for k, part in enumerate(parts, start=1):
+        assert execute(*attack, "--shard", f"{k}/3", "-o", part).status == 0
+    assert execute(*attack, "-o", whole).status == 0
+    done = execute("rb-info", "--join", parts[2], parts[0], parts[1], "-o", joined)
+    assert done.status == 0, done.err
+    shown = [json.loads(line) for line in execute("rb-info", "--json", joined).out.splitlines()]
+    assert [(record["attack"]["eps"], record["rows"]) for record in shown] == [(0.25, 40), (0.1, 40)]
+    assert scores("-m", model_file, joined) == scores("-m", model_file, whole)
+    missing = execute("rb-info", "--join", parts[0], parts[2], "-o", joined)
+    assert missing.status == 3 and "--array=2" in missing.err
+    narrow = execute("rb-info", "--join", *parts, "-o", tmp_path / "joined.safetensors")
+    assert narrow.status == 2 and "2 streams" in narrow.err and not (tmp_path / "joined.safetensors").exists()
+
+
 def test_the_shard_of_an_array_task(tmp_path: Path) -> None:
     """`slurm` is the task of a whole array, `slurm/N` that of any; outside of an array both are refused."""
     np.savez(tmp_path / "rows.npz", image=np.zeros((10, 3, 6, 7), np.uint8))

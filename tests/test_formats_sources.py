@@ -562,9 +562,9 @@ def test_other_shards_are_refused() -> None:
         order_shards(shards(6, 3) + shards(6, 3, keep=[2]))
     with pytest.raises(FormatError, match="s2: made by other steps or options than s1"):
         order_shards(shards(6, 2, keep=[1], seed=1) + shards(6, 2, keep=[2], seed=2))
-    (one,), (both,) = ([records for _, records in shards(6, 1)] for _ in range(2))
+    records = shards(6, 1)[0][1]
     with pytest.raises(FormatError, match="s2: holds 2 streams, expected 1 stream as in s1"):
-        order_shards([("s1", one), ("s2", both * 2)])
+        order_shards([("s1", records), ("s2", records * 2)])
     with pytest.raises(FormatError, match=r"^rows 2 to 3 are missing$"):
         order_shards([(name, [{**records[0], "total": None}]) for name, records in shards(6, 3, keep=[1, 3])])
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rbkit.cli import _input
 from rbkit.cli._errors import Input, blame
-from rbkit.cli._rows import size_of
+from rbkit.cli._rows import check_numbering, size_of
 from rbkit.formats.errors import FormatError
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def _read(source: str, max_document: int) -> tuple[dict[str, np.ndarray], dict[s
             chunk = checker(chunk)
         if "label" not in chunk.arrays:
             raise Input(f"{chunk.place}: no labels, which training needs; try rb-data folder, or rb-data --label")
+        hint = "streams of the same numbering"
+        check_numbering(chunk.meta, meta, place=chunk.place, other="the rows before them", hint=hint)
         meta = meta or chunk.meta
         parts.append({name: chunk.arrays[name] for name in COLUMNS})
     joined = {name: np.concatenate([p[name] for p in parts]) for name in COLUMNS}
@@ -61,14 +63,18 @@ def _read(source: str, max_document: int) -> tuple[dict[str, np.ndarray], dict[s
     return joined, meta
 
 
-def hold_out(options: dict[str, Any], data: Data, device: torch.device, ranks: Ranks) -> tuple[Data, Data | None]:
+def hold_out(
+    options: dict[str, Any], data: Data, meta: dict[str, Any], device: torch.device, ranks: Ranks
+) -> tuple[Data, Data | None]:
     """(training rows, held-out rows): a share of the rows by id, or another stream that shares no image with them."""
     import torch
 
     from rbkit.tools.sample import in_validation
 
     if not is_share(options["val"]):
-        held, _ = read(options["val"], options["max_document"], device, ranks)
+        held, known = read(options["val"], options["max_document"], device, ranks)
+        hint = "streams of the same numbering"
+        check_numbering(known, meta, place=options["val"], other="the rows to train on", hint=hint)
         if held.image.shape[1:] != data.image.shape[1:]:
             got, want = (size_of(rows.image.shape[1:]) for rows in (held, data))
             raise Input(f"{options['val']}: images of {got}, those to train on are {want}; try rb-data --size")

@@ -10,7 +10,7 @@ from rbkit.cli import _input, _values
 from rbkit.cli._compute import Model, to_tensor
 from rbkit.cli._errors import Input, Usage, blame
 from rbkit.cli._flags import Flags
-from rbkit.cli._rows import check_input, checked, load_images, watched
+from rbkit.cli._rows import check_input, check_numbering, checked, load_images, watched
 
 if TYPE_CHECKING:
     from rbkit.formats.chunk import Chunk
@@ -39,6 +39,10 @@ class Judge:
         self.options, self.names, self.device = options, names, device
         self.subjects = subjects
         self.evaluations: dict[tuple[str, str | None], Evaluation] = {}
+        if referee is not None:
+            for model in subjects:
+                hint = "a judge of the same numbering"
+                check_numbering(referee.meta, model.meta, place=referee.path, other=model.path, hint=hint)
         self.referee = None if referee is None else referee.evaluation(options["block"])
         self.referee_sha = None if referee is None else referee.sha
         self.background = self._background(options["background"])
@@ -64,7 +68,7 @@ class Judge:
             self._images(stream), tool="rb-score", quiet=self.options["quiet"], shard=self.options["shard"]
         ):
             for model in self.subjects:
-                check_input(model, chunk.arrays["image"].shape[1:], place=chunk.place)
+                check_input(model, chunk)
                 self._judge(chunk, model)
 
     def _images(self, stream: Iterable[Chunk]) -> Iterator[Chunk]:

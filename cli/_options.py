@@ -21,7 +21,7 @@ import typer
 UNRECORDED = {
     "source", "sources", "output", "model", "models", "arch", "shard", "device", "threads", "quiet", "no_history",
     "max_document", "max_pixels", "download", "json_", "root", "paths", "last", "log", "resume", "init",
-    "checkpoint_every", "no_clobber", "manifest",
+    "checkpoint_every", "no_clobber", "manifest", "classes_of",
 }  # fmt: skip
 
 Source = Annotated[str, typer.Argument(metavar="[FILE]", help="Input stream; - is standard input.", show_default=False)]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rbkit.cli import _input, _output, _values
+from rbkit.cli._compute import model_chunk
 from rbkit.cli._errors import Input, Usage, blame
+from rbkit.cli._rows import class_names
+from rbkit.formats.errors import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +56,28 @@ def open_source(options: dict[str, Any]) -> DataSet:
             max_pixels=options["max_pixels"],
         )
     return _pngs(options)
+
+
+def numbered_as(source: DataSet, model: str) -> DataSet:
+    """The same images, each labelled by the number that its class has in a model. Raises: Usage, Input."""
+    import numpy as np
+
+    if not source.classes:
+        raise Usage("--classes-of needs a source that names its classes")
+    names = class_names(model_chunk(model).meta)
+    if not names:
+        raise Input(f"{model}: names no classes; try rb-model import --classes A,B,...")
+    for name in source.classes:
+        if names.count(name) != 1:
+            found = "twice or more" if name in names else "not"
+            raise Input(f"{model}: class {printable(name)} is {found} among its {len(names)}, expected once")
+    numbers = np.array([names.index(name) for name in source.classes])
+
+    def fetch(indices: np.ndarray) -> dict[str, np.ndarray]:
+        rows = source.fetch(indices)
+        return {**rows, "label": numbers[rows["label"]]}
+
+    return replace(source, fetch=fetch, classes=names)
 
 
 def _channels(options: dict[str, Any]) -> int | None:

@@ -34,7 +34,7 @@ from rbkit.cli._options import (
     Threads,
 )
 from rbkit.cli._progress import Progress
-from rbkit.cli._rows import check_input, checked, size_of
+from rbkit.cli._rows import check_input, check_numbering, checked, size_of
 
 if TYPE_CHECKING:
     from rbkit.formats.chunk import Chunk
@@ -218,6 +218,8 @@ def _surrogate(path: str, victim: Model, *, archs: list[str] | None, device: Any
     model = load_model(path, archs=archs, device=device)
     if model.classes != victim.classes:
         raise Input(f"{path}: a model of {model.classes} classes, expected {victim.classes} as the attacked one")
+    hint = "a surrogate of the same numbering"
+    check_numbering(model.meta, victim.meta, place=path, other=victim.path, hint=hint)
     takes, expected = model.meta.get("input"), victim.meta.get("input")
     if takes is not None and expected is not None and takes != expected:
         raise Input(f"{path}: takes images of {size_of(takes)}, expected {size_of(expected)} as the attacked model")
@@ -233,7 +235,7 @@ def _attack_all(
     rows = _labels_missed(checked(stream, victim), quiet=options["quiet"])
     first = next(rows)
     if surrogate is not None:
-        check_input(surrogate, first.arrays["image"].shape[1:], place=first.place)
+        check_input(surrogate, first)
     options = {**options, "refill": _refills(surrogate or victim, first, options)}
     chunks: Iterable[Chunk] = itertools.chain([first], rows)
     if options["eps"] is None:

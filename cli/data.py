@@ -10,6 +10,7 @@ import typer
 
 from rbkit.cli import _history, _output, _sources, _values
 from rbkit.cli._app import program
+from rbkit.cli._compute import side_digest
 from rbkit.cli._errors import Input, Partial, Usage, blame, reason
 from rbkit.cli._log import note
 from rbkit.cli._options import NoClobber, NoHistory, Output, Quiet, Seed, Shard
@@ -134,6 +135,15 @@ def data(
             "--shuffle-labels", help="Labels drawn at random, a control: nothing tells them.", show_default=False
         ),
     ] = None,
+    classes_of: Annotated[
+        str | None,
+        typer.Option(
+            "--classes-of",
+            metavar="MODEL",
+            help="Labels by the numbers that a model gives to classes of these names.",
+            show_default=False,
+        ),
+    ] = None,
     layout: Annotated[
         str | None,
         typer.Option("--layout", metavar="nchw|nhwc", help="npz: where the channels are.", show_default=False),
@@ -168,6 +178,8 @@ def data(
         source = _sources.open_source(options)
     if shuffle_labels:
         source = _shuffled(source, seed)
+    if classes_of is not None:
+        source = _sources.numbered_as(source, classes_of)
     rows, unread = _select(source, options)
     part = _values.shard(shard)
     meta = _meta(source, options, total=len(rows), unread=unread)
@@ -270,7 +282,8 @@ def _meta(source: DataSet, options: dict[str, Any], *, total: int, unread: int) 
         described |= {"cue": options["cue"], "cue_shift": options["cue_shift"] or 0}
     if unread:
         described["left_out"] = unread
-    entry = _history.entry("rb-data", options)
+    model = options["classes_of"]
+    entry = _history.entry("rb-data", options, inputs={} if model is None else {"classes_of": side_digest(model)})
     meta: dict[str, Any] = {"kind": "images", "total": total, "data": described, "history": [entry]}
     if source.classes is not None:
         meta["classes"] = source.classes

@@ -27,6 +27,7 @@ from rbkit.cli._options import (
 )
 from rbkit.cli._options import Output as OutputFile
 from rbkit.cli._progress import Progress
+from rbkit.cli._rows import check_numbering
 from rbkit.cli._watch import Watch, pace
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def _train(options: dict[str, Any], recipe: Recipe, every: tuple[int, float], ra
         _train_output.check(options)
     place = _ranks.own_device(set_up(options["device"], options["threads"] or _ranks.threads()))
     data, meta = _examples.read(options["source"], options["max_document"], place, ranks)
-    training, held_out = _examples.hold_out(options, data, place, ranks)
+    training, held_out = _examples.hold_out(options, data, meta, place, ranks)
     options["val"] = options["val"] if _examples.is_share(options["val"]) else None
     path = None if options["output"] == "-" else f"{options['output']}.ckpt"
     job = _checkpoint.Job(options, recipe, data, path=path)
@@ -290,6 +291,8 @@ def _begin(
     classifier = _fresh(options, data, meta, device)
     if options["init"] is not None:
         loaded = load_model(options["init"], archs=[options["arch"]], device=device)
+        hint = f"rb-data --classes-of {options['init']}"
+        check_numbering(meta, loaded.meta, place="the rows to train on", other=options["init"], hint=hint)
         with blame(Input, RuntimeError, prefix=f"{options['init']}: "):
             classifier.net.load_state_dict(loaded.classifier.net.state_dict())
     state = begin(classifier, recipe)

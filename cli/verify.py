@@ -160,7 +160,7 @@ class _Run:
         from rbkit.tools.verify import Rows
 
         arrays = chunk.arrays
-        check_input(self.subject, arrays["image"].shape[1:], place=chunk.place)
+        check_input(self.subject, chunk)
         for name in ("image", "adversarial"):
             if arrays[name].dtype.name not in IMAGE_DTYPES or arrays[name].shape != arrays["image"].shape:
                 raise Input(

@@ -212,6 +212,15 @@ class Attending(torch.nn.Module):
         return self.fc(torch.relu(self.after(x)).mean(1))
 
 
+def test_maps_of_attention_are_attacked_too():
+    """Its fused kernels have no second derivative; by the metric's own search the map moves further than by noise."""
+    images, ids = toys.images(4, h=8, w=12, low=0.3, high=0.7), torch.arange(4)
+    evaluation = bare(toys.C)(toys.randomise(Attending()))
+    given = batch(evaluation=evaluation, images=images, target=evaluation.logits(images).argmax(1), ids=ids)
+    attack, noise = (torch.tensor(values(name, given)) for name in ("attack_sensitivity", "max_sensitivity"))
+    assert (attack >= noise).all() and attack.mean() > 1.2 * noise.mean()
+
+
 def test_attention_is_drawn_anew_in_its_turn():
     """Its weights belong to no layer that runs by itself."""
     evaluation = bare(toys.C)(toys.randomise(Attending()))

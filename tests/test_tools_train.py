@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
+import toys
 from torch.nn import functional as F
 from toys import C, K, N, SmallNet, W, convnet, generator, images
 
@@ -17,7 +18,7 @@ from rbkit.tools.augment import crop_flip
 from rbkit.tools.examples import Data, as_float, statistics
 from rbkit.tools.models import Classifier
 from rbkit.tools.recipe import AUGMENTS, ROBUST, Recipe, learning_rate
-from rbkit.tools.risk import Inner, NumericError, loss_of
+from rbkit.tools.risk import Inner, NumericError, loss_of, penalised
 from rbkit.tools.train import begin, fit
 from rbkit.tools.validation import validate, validation_attack
 
@@ -169,6 +170,35 @@ def test_seeded_construction_leaves_the_global_generator():
     assert torch.equal(fresh(3).net.fc.weight, fresh(3).net.fc.weight)
     assert not torch.equal(fresh(3).net.fc.weight, fresh(4).net.fc.weight)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class Attending(torch.nn.Module):
+    """Pixels as tokens, by torch's attention or written out, and a linear head."""
+
+    def __init__(self, *, written: bool):
+        super().__init__()
+        self.into, self.head, self.written = torch.nn.Linear(C, 24), torch.nn.Linear(8, K), written
+
+    def forward(self, x):
+        q, k, v = self.into(x.flatten(2).transpose(1, 2))[:, None].chunk(3, dim=-1)
+        if self.written:
+            found = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v
+        else:
+            found = F.scaled_dot_product_attention(q, k, v)
+        return self.head(found[:, 0].mean(1))
+
+
+def test_the_gradient_penalty_of_attention():
+    """Its fused kernels have no second derivative; the plain products that stand in give the gradient of what it is."""
+    nets = [toys.randomise(Attending(written=written), seed=4).double() for written in (True, False)]
+    found = []
+    for net in nets:
+        model = Classifier(net, mean=[0.5] * C, std=[0.25] * C).double()
+        loss, _ = penalised(model, images(N).double(), torch.arange(N) % K, weight=2.0)
+        loss.backward()
+        found.append([p.grad for p in net.parameters()])
+    assert all(g.abs().max() > 0 for g in found[0])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_trades_loss_equals_equation_5():

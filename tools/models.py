@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rbkit.tools.lanes import Found, Lanes, computed
@@ -245,6 +246,11 @@ def _row_per_image(found: object, images: Tensor, *, name: str) -> Tensor:
     if not found.dim() or len(found) != len(images):
         raise ValueError(f"layer {name}: {tuple(found.shape)} for {len(images)} images, expected a row for each")
     return found
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Gradients of passes in here have gradients: attention goes by plain products, since torch's fused kernels have no second one."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def padded(images: Tensor, block: int) -> Iterator[tuple[Tensor, int]]:

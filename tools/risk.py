@@ -13,7 +13,7 @@ from rbkit.tools.ascend import Plan, counted, first, follow
 from rbkit.tools.attack import objective, random_start
 from rbkit.tools.examples import Data
 from rbkit.tools.gpu import Recorded
-from rbkit.tools.models import Classifier, Evaluation
+from rbkit.tools.models import Classifier, Evaluation, twice_differentiable
 from rbkit.tools.norms import NORMS
 from rbkit.tools.recipe import Recipe
 from rbkit.tools.slots import Batch, Context, Objective
@@ -102,7 +102,8 @@ def penalised(classifier: Classifier, images: Tensor, label: Tensor, *, weight: 
     Source: Drucker and Le Cun 1992; Ross and Doshi-Velez 2018, equation 4, without the log.
     """
     images = images.detach().requires_grad_()
-    logits = classifier(images)
+    with twice_differentiable():
+        logits = classifier(images)
     losses = F.cross_entropy(logits, label, reduction="none")
     gradient = torch.autograd.grad(losses.sum(), images, create_graph=True)[0]
     return losses.mean() + weight * gradient.flatten(1).square().sum(1).mean(), logits

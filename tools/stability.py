@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rbkit.tools.attribution import output_of
 from rbkit.tools.batch import Batch, defined, reduce_channels
 from rbkit.tools.infidelity import GRADIENTS
-from rbkit.tools.models import Evaluation, copied, in_blocks
+from rbkit.tools.models import Evaluation, copied, in_blocks, twice_differentiable
 from rbkit.tools.norms import NORMS
 
 NOISE_RADIUS = 0.02  # Linf, in [0, 1] pixels: the same for all models, and for the attack
@@ -76,7 +76,8 @@ def softened(evaluation: Evaluation) -> Evaluation:
 def _surrogate(evaluation: Evaluation, images: Tensor, target: Tensor, batch: Batch) -> Tensor:
     """Gradient of the output, times the image for methods that tell contributions; can be differentiated again."""
     assert batch.saliency is not None
-    total = output_of(evaluation(images), target, batch.output).sum()
+    with twice_differentiable():
+        total = output_of(evaluation(images), target, batch.output).sum()
     gradient = torch.autograd.grad(total, images, create_graph=True)[0]
     return gradient if batch.saliency.method in GRADIENTS else gradient * images
 

@@ -54,7 +54,7 @@ def check_numbering(meta: dict[str, Any], known: dict[str, Any], *, place: str, 
         if one != another:
             raise Input(
                 f"{place}: class {number} is {printable(one)}, and {printable(another)} in {other}: "
-                f"the same names in another order; try {hint}"
+                f"the same names at other numbers; try {hint}"
             )
 
 

@@ -56,7 +56,7 @@ def test_labels_that_mean_other_classes_to_the_model_are_refused(
 ) -> None:
     result = execute(command[0], by_name, "-m", model_file, *command[1:])
     assert result.status == 3 and not result.out and result.err.count("\n") == 1
-    assert f"class 0 is bar, and disc in {model_file}: the same names in another order" in result.err
+    assert f"class 0 is bar, and disc in {model_file}: the same names at other numbers" in result.err
     assert f"try rb-data --classes-of {model_file}" in result.err
 
 

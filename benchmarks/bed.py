@@ -178,10 +178,14 @@ FLOORS = {"forward": forward_passes, "gradient": gradient_passes}
 FLOOR_PASSES = 8  # of each kind, to tell what one takes
 
 
-def own_floors(place: Bed) -> dict[str, Any]:
-    """What a group needs to hold each contender against the passes that it makes itself (see `Group`)."""
+def own_floors(place: Bed, *, repeats: int = FLOOR_PASSES) -> dict[str, Any]:
+    """What a group needs to hold each contender against the passes that it makes itself (see `Group`).
+
+    repeats: times that each kind of pass is made; it should take about as long as the work. Where the speed of a processor
+    swings, a short piece mostly meets it at its fastest, and the work, longer, never does.
+    """
     return {
-        "floors": {kind: functools.partial(passes, place, FLOOR_PASSES) for kind, passes in FLOORS.items()},
-        "floor_passes": FLOOR_PASSES * len(place.images),
+        "floors": {kind: functools.partial(passes, place, repeats) for kind, passes in FLOORS.items()},
+        "floor_passes": repeats * len(place.images),
         "networks": (place.plain, place.best),
     }

@@ -15,7 +15,7 @@ from rbkit.tools.attribution import Saliency
 from rbkit.tools.saliency import explain
 from rbkit.tools.shapley import grid
 
-FLOOR_PASSES = 32  # of each kind: the pieces of work take thousands
+REPEATS = 32  # of each kind of pass, for floors: as long as the maps take
 POINTS = 50  # of a path, and background draws
 WINDOW, STRIDE = 8, 4  # of occlusion, in pixels
 WALKS, PLAYERS = 10, 64  # of permutation Shapley values: permutations walked both ways, blocks of pixels
@@ -105,7 +105,7 @@ def map_group(
 ) -> Group:
     """An attribution by us and by peers: on the network as their user has it, and on ours in our process, which leaves the
     harnesses alone. A method that takes thousands of passes gets a `few` of the images; its floor is that of full blocks."""
-    floors = own_floors(place, repeats=FLOOR_PASSES)
+    floors = own_floors(place, repeats=REPEATS)
     place = place if few is None else place.few(few)
     work: dict[str, Work] = {"rbkit": functools.partial(ours, place, method)}
     work |= {f"{name}, our network": functools.partial(peer, place, place.best) for name, peer in peers.items()}
